@@ -1,0 +1,9 @@
+"""The table of attention variants: one file and one line each.
+
+A variant is a Linen module that owns its projections: `project(x, cos_sin) -> (queries, keys, values)` before the cache
+and `output(heads) -> x` behind it. What lies between, attention over tiers, is the same for all (`jaxkv.cache`).
+"""
+
+from jaxkv.attention.gqa import GroupedQueryAttention
+
+ATTENTION = {"gqa": GroupedQueryAttention}

@@ -1,0 +1,27 @@
+"""The budgeted key/value cache: pure functions on a state.
+
+    state = empty_state(config, plan.spec, limits=plan.limits, lengths=lengths)
+    hidden, state = extend(params, tokens, state, config=config, valid=valid)     # prompt, or any number of tokens
+    hidden, state = decode(params, token, state, config=config, valid=running)    # one token, inside a jitted loop
+"""
+
+from jaxkv.cache.compress import compress
+from jaxkv.cache.edit import concat, drop
+from jaxkv.cache.extend import decode, extend, forward
+from jaxkv.cache.insert import insert
+from jaxkv.cache.state import empty_state, live_count, live_slots, tier_keys, tier_values
+
+__all__ = [
+    "compress",
+    "concat",
+    "decode",
+    "drop",
+    "empty_state",
+    "extend",
+    "forward",
+    "insert",
+    "live_count",
+    "live_slots",
+    "tier_keys",
+    "tier_values",
+]

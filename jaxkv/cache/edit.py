@@ -1,0 +1,80 @@
+"""Editing what a state remembers: dropping a range of positions, joining two states."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.state import EMPTY
+from jaxkv.config import DecoderConfig
+from jaxkv.rope import angles, rotate
+from jaxkv.types import Array, Encoded, LayerState, State, Tier
+
+
+def drop(state: State, *, start: Array, stop: Array) -> State:
+    """Forgets the tokens at positions start <= position < stop, [B] int32 each.
+
+    If the range reaches the end of the row, the next token takes position `start`. What other tokens computed from the
+    dropped ones stays in their keys and values: to prune a passage exactly, drop it and all that follows, then `extend`
+    the surviving suffix again.
+    """
+
+    def forget(tier, offset):
+        at = tier.positions + offset[:, None, None]
+        inside = (at >= start[:, None, None]) & (at < stop[:, None, None])
+        return dataclasses.replace(tier, positions=jnp.where(inside, EMPTY, tier.positions))
+
+    layers = tuple(
+        dataclasses.replace(layer, tiers=tuple(map(forget, layer.tiers, state.offsets))) for layer in state.layers
+    )
+    shorter = (stop >= state.next_position) & (start < state.next_position)
+    return dataclasses.replace(
+        state, layers=layers, next_position=jnp.where(shorter, start, state.next_position)
+    )
+
+
+def concat(first: State, second: State, *, config: DecoderConfig) -> State:
+    """`second` behind `first` in one state, its positions shifted by what `first` holds, its keys turned along.
+
+    Both must have one tier per layer, of the same scheme and policy, and the same RoPE frequencies. The tier of the
+    result has the slots and limits of both. The tokens of `second` have not seen those of `first`.
+    Raises: ValueError for states that do not match.
+    """
+    for name, a, b in (
+        ("rows", first.next_position.shape, second.next_position.shape),
+        ("layers", len(first.layers), len(second.layers)),
+        ("policies", [x.policy for x in first.layers], [x.policy for x in second.layers]),
+        ("tiers", [len(x.tiers) for x in first.layers], [1] * len(second.layers)),
+        ("schemes", [t.scheme for x in first.layers for t in x.tiers], [t.scheme for x in second.layers for t in x.tiers]),
+    ):
+        if a != b:
+            raise ValueError(f"concat of states with different {name}: {a} and {b}")
+    shift = first.next_position
+    layers = []
+    for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        rotary = second.rotary[config.ropes.index(config.layers[index].rope)]
+        tiers = (_join(a.tiers[0], b.tiers[0], shift + second.offsets[0] - first.offsets[0], rotary),)
+        layers.append(LayerState(tiers=tiers, row=a.row, policy=a.policy))
+    return State(
+        layers=tuple(layers),
+        offsets=first.offsets,
+        rotary=first.rotary,
+        next_position=shift + second.next_position,
+    )
+
+
+def _join(a: Tier, b: Tier, shift: Array, rotary) -> Tier:
+    turn = dataclasses.replace(rotary, scale=jnp.ones_like(rotary.scale))
+    cos, sin = angles(turn, shift[:, None])
+    batch, heads, size, slots = b.keys.codes.shape
+    keys = jnp.moveaxis(b.keys.codes, 2, 3).reshape(batch, 1, heads * slots, size)
+    keys = jnp.moveaxis(rotate(keys, cos, sin).reshape(batch, heads, slots, size), 3, 2)
+    both = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
+    return Tier(
+        keys=Encoded(codes=both(a.keys.codes, keys, 3)),
+        values=Encoded(codes=both(a.values.codes, b.values.codes, 2)),
+        positions=both(a.positions, jnp.where(b.positions >= 0, b.positions + shift[:, None, None], EMPTY), 2),
+        slots=jax.tree.map(lambda x, y: both(x, y, 2), a.slots, b.slots),
+        limit=a.limit + b.limit,
+        scheme=a.scheme,
+    )

@@ -1,0 +1,166 @@
+"""The forward path: a state and new tokens in, hidden states and the grown state out.
+
+`extend` runs layer by layer over the whole input: at any moment one layer's uncompressed keys and values exist, never
+all layers'. It is a Python loop over one jitted layer function, compiled once per kind of layer; called under `jax.jit`
+it becomes the whole-program form. `decode` is the case of one token, meant to be called inside a jitted loop.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv import decoder
+from jaxkv.cache.attend import Context, attend_decode, attend_extend, make_context
+from jaxkv.cache.state import live_count
+from jaxkv.config import DecoderConfig, LayerConfig
+from jaxkv.policies import Full
+from jaxkv.types import Array, LayerState, State
+
+VISIBILITIES = ("causal", "bidirectional")
+
+
+def extend(
+    params,
+    tokens: Array,
+    state: State,
+    *,
+    config: DecoderConfig,
+    valid: Array | None = None,
+    candidates: Array | None = None,
+    visibility: str = "causal",
+    segments: Array | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Array, State]:
+    """Runs T new tokens through the model on top of `state`, and stores the candidates among them.
+
+    Each token attends to the live slots and to the new tokens that `visibility` shows it; then, layer by layer, the
+    candidates compete for the slots. The state's buffers are donated: use the returned one.
+
+    Args:
+      tokens: [B, T] int32. state: from `empty_state`, or what an earlier call returned.
+      valid: [B, T] bool, default all: padding and stopped rows are False, anywhere in the row; they take no position,
+        are seen by no one and store nothing, and their hidden states mean nothing.
+      candidates: [B, T] bool, default all: tokens that may be stored; others look without being remembered.
+      visibility: "causal" or "bidirectional", further cut by each layer's sliding window.
+      segments: [B, T] int32: tokens see their own segment, and -1 sees and is seen by all. None: one segment.
+      progress: called with (layers done, layers) from the Python loop.
+    Returns: hidden [B, T, D] before the head, after the final norm (`jaxkv.decoder.logits` makes logits); the state.
+    Raises: ValueError for shapes that disagree, an unknown visibility, or a `full` state without room (outside jit).
+    """
+    batch, length = tokens.shape
+    if state.next_position.shape != (batch,):
+        raise ValueError(f"tokens have {batch} rows, the state has {state.next_position.shape[0]}")
+    if visibility not in VISIBILITIES:
+        raise ValueError(f"unknown visibility {visibility!r}; known: {', '.join(VISIBILITIES)}")
+    everything = jnp.ones((batch, length), bool)
+    valid = everything if valid is None else valid
+    candidates = everything if candidates is None else candidates
+    for name, array in (("valid", valid), ("candidates", candidates), ("segments", segments)):
+        if array is not None and array.shape != (batch, length):
+            raise ValueError(f"{name} must be [B, T] = {(batch, length)}, got {array.shape}")
+    _refuse_overflow(state, valid & candidates, config)
+    outer = {name: params[name] for name in ("embedder", "head") if name in params}
+    x, context = _begin(outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments,
+                        config=config)
+    layers = []
+    for index, layer in enumerate(state.layers):
+        x, layer = _layer(
+            params[f"layers_{index}"], x, layer, context,
+            config=config, kind=config.layers[index], causal=visibility == "causal",
+        )  # fmt: skip
+        layers.append(layer)
+        if progress is not None:
+            progress(index + 1, len(state.layers))
+    hidden = _end({"final_norm": params["final_norm"]}, x, config=config)
+    state = State(
+        layers=tuple(layers),
+        offsets=context.offsets,
+        rotary=context.rotary,
+        next_position=context.newest + 1,
+    )
+    return hidden, state
+
+
+def decode(params, token: Array, state: State, *, config: DecoderConfig, valid: Array) -> tuple[Array, State]:
+    """`extend` by one token per row, unrolled over layers, for use inside a jitted loop.
+
+    Args: token [B] int32; valid [B] bool, False for rows that have stopped: they insert and evict nothing.
+    Returns: hidden [B, D]; the state.
+    """
+    context = make_context(state, valid[:, None], valid[:, None], None)
+    x = decoder.embed(params, token[:, None], config=config)
+    layers = []
+    for index, layer in enumerate(state.layers):
+        kind = config.layers[index]
+        with jax.named_scope(f"layer_{index}"):
+            x, layer = _block(
+                params[f"layers_{index}"], x, context, config, kind,
+                functools.partial(attend_decode, layer=layer, context=context, config=config, kind=kind),
+            )  # fmt: skip
+        layers.append(layer)
+    hidden = decoder.final_norm(params, x, config=config)[:, 0]
+    state = State(
+        layers=tuple(layers), offsets=state.offsets, rotary=state.rotary, next_position=context.newest + 1
+    )
+    return hidden, state
+
+
+def forward(params, tokens: Array, *, config: DecoderConfig, valid: Array | None = None) -> Array:
+    """The plain forward pass, hidden [B, T, D]: `extend` on a state that stores nothing."""
+    from jaxkv.cache.state import empty_state
+    from jaxkv.types import LayerSpec
+
+    batch, length = tokens.shape
+    lengths = jnp.full((batch,), length, jnp.int32) if valid is None else valid.sum(axis=1, dtype=jnp.int32)
+    spec = (LayerSpec(policy=Full(), tiers=()),) * config.num_layers
+    state = empty_state(config, spec, limits=jnp.zeros((config.num_layers, 0, batch), jnp.int32), lengths=lengths)
+    return extend(params, tokens, state, config=config, valid=valid)[0]
+
+
+def _block(params, x, context: Context, config: DecoderConfig, kind: LayerConfig, attend):
+    frames = context.angles[config.ropes.index(kind.rope)]
+    return decoder.Block(config).apply({"params": params}, x, frames[0], frames, attend)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, segments, *, config):
+    x = decoder.embed(params, tokens, config=config)
+    state = State(layers=(), offsets=offsets, rotary=rotary, next_position=next_position)
+    return x, make_context(state, valid, candidates, segments)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind", "causal"), donate_argnames=("x", "layer"))
+def _layer(params, x: Array, layer: LayerState, context: Context, *, config, kind, causal) -> tuple[Array, LayerState]:
+    attend = functools.partial(
+        attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal
+    )
+    return _block(params, x, context, config, kind, attend)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("x",))
+def _end(params, x, *, config):
+    return decoder.final_norm(params, x, config=config)
+
+
+def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> None:
+    """A `full` layer that would have to drop a token it can still see is an error, never a silent truncation."""
+    for layer, kind in zip(state.layers, config.layers, strict=True):
+        if isinstance(layer.policy, Full) and layer.tiers and kind.window is None:
+            room = _room(layer.tiers[-1])
+            if isinstance(room, jax.core.Tracer):
+                return
+            wanted = storing.sum(axis=1)
+            if (wanted > room).any():
+                row = int((wanted - room).argmax())
+                raise ValueError(
+                    f"row {row}: the full cache has room for {int(room[row])} more tokens and was given"
+                    f" {int(wanted[row])}; make the state with a larger capacity, or choose an evicting policy"
+                )
+            return
+
+
+@jax.jit
+def _room(tier):
+    return (tier.limit - live_count(tier)).min(axis=-1)

@@ -1,0 +1,136 @@
+"""Frozen configurations. They are hashable and static under jit; they validate at construction.
+
+The decoder is one architecture with switches; a Hugging Face or GGUF configuration is translated into a
+`DecoderConfig` by `jaxkv.checkpoints`, which refuses what no switch expresses.
+"""
+
+import dataclasses
+
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding of one kind of layer (RoFormer, arXiv 2104.09864).
+
+    rotary_dim: how many leading channels of a head rotate (even, <= head_dim); channel c pairs with c + rotary_dim/2.
+    original_max_positions: length the unscaled frequencies were trained for (dynamic, yarn, llama3, longrope).
+    attention_factor: multiplies cos and sin; None = derived by the kind's own rule (yarn, longrope).
+    The remaining fields belong to the kind that their comment names, and are None elsewhere.
+    """
+
+    kind: str
+    theta: float
+    rotary_dim: int
+    factor: float | None = None  # linear, dynamic, yarn, llama3, longrope
+    original_max_positions: int | None = None  # dynamic, yarn, llama3, longrope
+    attention_factor: float | None = None  # yarn, longrope
+    beta_fast: float | None = None  # yarn
+    beta_slow: float | None = None  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool | None = None  # yarn: round the correction range to whole channels
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None  # llama3
+    short_factor: tuple[float, ...] | None = None  # longrope, rotary_dim/2 numbers
+    long_factor: tuple[float, ...] | None = None  # longrope, rotary_dim/2 numbers
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"RoPE type {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+        if self.rotary_dim <= 0 or self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be a positive even number, got {self.rotary_dim}")
+        if self.theta <= 0:
+            raise ValueError(f"RoPE theta must be positive, got {self.theta}")
+        required = {
+            "default": (),
+            "linear": ("factor",),
+            "dynamic": ("factor", "original_max_positions"),
+            "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow", "truncate"),
+            "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
+            "longrope": ("factor", "original_max_positions", "short_factor", "long_factor"),
+        }[self.kind]
+        missing = [name for name in required if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"RoPE type {self.kind!r} needs {', '.join(missing)}")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if factors is not None and len(factors) != self.rotary_dim // 2:
+                raise ValueError(f"RoPE {name} has {len(factors)} numbers; rotary_dim/2 = {self.rotary_dim // 2} needed")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies depend on the length of the row, and so are fixed when its state is made."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What one layer has of its own. window: keys a query sees, itself included; None = all."""
+
+    window: int | None
+    rope: RopeConfig
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a sliding window must be at least 1 token, got {self.window}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """One decoder-only transformer: Llama, Mistral, Qwen, Gemma, Phi and their kin by these switches.
+
+    norm_offset: RMSNorm multiplies by (norm_offset + scale); 1.0 for Gemma, 0.0 elsewhere.
+    query_scale: what query-key products are multiplied by before the softmax, 1/sqrt(head_dim) for most.
+    embedding_scale: what token embeddings are multiplied by, sqrt(hidden_size) for Gemma, 1.0 elsewhere.
+    sandwich_norms: Gemma's norms after attention and after the MLP, beside those before.
+    attention: a row of the table of attention variants (`jaxkv.attention`).
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerConfig, ...]
+    max_positions: int
+    norm_eps: float
+    norm_offset: float
+    activation: str
+    query_scale: float
+    embedding_scale: float
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    attention: str = "gqa"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.layers:
+            raise ValueError("a decoder needs at least one layer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        for layer in self.layers:
+            if layer.rope.rotary_dim > self.head_dim:
+                raise ValueError(f"rotary_dim {layer.rope.rotary_dim} exceeds head_dim {self.head_dim}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The distinct rotary embeddings, in order of first use; a state holds one `Rotary` for each."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers))

@@ -1,0 +1,103 @@
+"""The whole model on one page: embedder, block, decoder.
+
+Modules own parameters only. The cache comes in as `attend`, a function of the projected queries, keys and values, so a
+block neither knows nor cares what is remembered of the past:
+
+    x ─ norm ─ project ─ attend ─ output ─(norm)─ + ─ norm ─ gate·up ─ down ─(norm)─ + ─>
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxkv.attention import ATTENTION
+from jaxkv.config import DecoderConfig
+from jaxkv.layers import Linear, RMSNorm, linear, rms_norm
+from jaxkv.types import Array
+
+ACTIVATION = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), gate and up fused (GLU variants, arXiv 2002.05202)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        gate, up = jnp.split(Linear(2 * c.intermediate_size, c.mlp_bias, name="gate_up")(x), 2, axis=-1)
+        return Linear(c.hidden_size, c.mlp_bias, name="down")(ACTIVATION[c.activation](gate) * up)
+
+
+class Block(nn.Module):
+    """One layer. `attend(queries, keys, values) -> (heads, aux)`: attention over what the cache holds and these keys."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        norm = functools.partial(RMSNorm, c.norm_eps, c.norm_offset)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        if c.sandwich_norms:
+            self.post_attention_norm, self.post_mlp_norm = norm(), norm()
+        self.attention = ATTENTION[c.attention](c)
+        self.mlp = MLP(c)
+
+    def __call__(self, x: Array, key_angles, query_angles, attend):
+        queries, keys, values = self.attention.project(self.attention_norm(x), key_angles, query_angles)
+        heads, aux = attend(queries, keys, values)
+        y = self.attention.output(heads)
+        x = x + (self.post_attention_norm(y) if self.config.sandwich_norms else y)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (self.post_mlp_norm(y) if self.config.sandwich_norms else y), aux
+
+
+def embed(params, tokens: Array, *, config: DecoderConfig) -> Array:
+    """Token embeddings [B, T, D] of ids [B, T]. A tied table is stored once, as the head's [D, V]."""
+    if config.tie_embeddings:
+        x = jnp.moveaxis(jnp.take(params["head"]["kernel"], tokens, axis=1, mode="clip"), 0, -1)
+    else:
+        x = jnp.take(params["embedder"]["embedding"], tokens, axis=0, mode="clip")
+    return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1.0 else x
+
+
+def final_norm(params, x: Array, *, config: DecoderConfig) -> Array:
+    """The norm between the last block and the head."""
+    return rms_norm(params["final_norm"]["scale"], x, eps=config.norm_eps, offset=config.norm_offset)
+
+
+def logits(params, hidden: Array, *, config: DecoderConfig) -> Array:
+    """Next-token logits [..., V] float32 of normed hidden states [..., D]."""
+    y = linear(params["head"], hidden).astype(jnp.float32)
+    if config.logit_softcap is not None:
+        y = jnp.tanh(y / config.logit_softcap) * config.logit_softcap
+    return y
+
+
+def init_params(config: DecoderConfig, key: Array, *, dtype=jnp.float32):
+    """Random parameters of the whole decoder; under `jax.eval_shape`, only their shapes.
+
+    Returns: {"embedder" (untied only), "layers_0"..., "final_norm", "head"}; kernels are [in, out], q/k/v and gate/up
+    fused along `out`, all of one `dtype`.
+    """
+    keys = jax.random.split(key, config.num_layers + 2)
+    angles = jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1))
+    x = jnp.zeros((1, 1, config.hidden_size), dtype)
+    attend = lambda queries, keys, values: (queries[0], None)
+    params = {
+        f"layers_{i}": Block(config).init(keys[i], x, angles, (angles,), attend)["params"]
+        for i in range(config.num_layers)
+    }
+    table = jax.nn.initializers.normal(0.02)
+    if not config.tie_embeddings:
+        params["embedder"] = {"embedding": table(keys[-2], (config.vocab_size, config.hidden_size), dtype)}
+    params["head"] = {"kernel": table(keys[-1], (config.hidden_size, config.vocab_size), dtype)}
+    params["final_norm"] = {"scale": jnp.full((config.hidden_size,), 1.0 - config.norm_offset, dtype)}
+    return params

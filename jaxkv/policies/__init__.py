@@ -1,0 +1,34 @@
+"""The table of cache policies: one file and one line each (CONTRIBUTING.md shows how to add one).
+
+The command line, the contract tests, the benchmarks and the README read this table.
+"""
+
+import dataclasses
+
+from jaxkv.policies.base import Policy
+from jaxkv.policies.full import Full
+from jaxkv.policies.h2o import H2O
+from jaxkv.policies.random import Random
+from jaxkv.policies.recency import Recency
+from jaxkv.policies.scissorhands import Scissorhands, ScissorhandsReference
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Full, Recency, Random, Scissorhands, ScissorhandsReference, H2O)
+}
+
+
+def make_policy(spec: str | Policy, **options) -> Policy:
+    """A policy by name, with its own options; a policy is returned as it is.
+
+    Raises: ValueError for a name that is not in the table or an option the policy does not have.
+    """
+    if isinstance(spec, Policy):
+        return dataclasses.replace(spec, **options) if options else spec
+    if spec not in POLICIES:
+        raise ValueError(f"unknown cache policy {spec!r}; known: {', '.join(POLICIES)}")
+    policy = POLICIES[spec]
+    known = {field.name for field in dataclasses.fields(policy)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"policy {spec!r} has no option {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
+    return policy(**options)

@@ -1,0 +1,130 @@
+"""Every pytree that crosses a jit boundary.
+
+Axes: B batch row, T query, S slot of a tier, n new entries, P block row of a cache (one per kv head),
+K kv heads, N query heads, G = N / K, H head dim, R = rotary_dim, D model dim, V vocabulary, L layers.
+Every leaf of a state has B as axis 0 and rows share nothing, so placing, copying or freeing a row is one tree map.
+
+    State ── layers[L] ── tiers[...] ── keys, values   codes (and factors, for quantized schemes) per slot
+      │          │            ├──────── positions      which token a slot holds; -1 = empty
+      │          │            ├──────── slots          what the policy keeps per slot; moves with the entry
+      │          │            └──────── limit          how many slots this row may use
+      │          └── row                               what the policy keeps once per row
+      ├── offsets[tier]    added to the stored positions of that tier, in all layers
+      ├── rotary[kind]     RoPE frequencies, fixed when the state was made
+      └── next_position    of the next token
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = jax.Array
+
+
+def _pytree(cls=None, *, static: tuple[str, ...] = ()):
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        data = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+
+    return register if cls is None else register(cls)
+
+
+@_pytree
+class Encoded:
+    """Keys or values of a tier as its scheme stores them.
+
+    codes: carrier array. Keys are slots-minor [B, P, H', S]; float values are [B, P, S, H'].
+    factors: the scheme's scales and zeros, [B, P, groups, S] each; empty for floats.
+    """
+
+    codes: Array
+    factors: tuple[Array, ...] = ()
+
+
+@_pytree(static=("scheme",))
+class Tier:
+    """A fixed number of slots with one storage scheme.
+
+    positions [B, P, S] int32: position of the token in each slot before `State.offsets`; -1 = empty.
+    slots: the policy's pytree, leaves [B, P, S, ...].
+    limit [B, P] int32: slots this row may use, <= S. Data, so that a sweep over budgets runs one program.
+    scheme: (key scheme, value scheme), rows of the table of `jaxkv.quantization`.
+    """
+
+    keys: Encoded
+    values: Encoded
+    positions: Array
+    slots: Any
+    limit: Array
+    scheme: tuple[str, str]
+
+
+@_pytree(static=("policy",))
+class LayerState:
+    """The cache of one layer: its tiers, first to last, and what the policy keeps once per row (leaves [B, ...])."""
+
+    tiers: tuple[Tier, ...]
+    row: Any
+    policy: Any
+
+
+@_pytree
+class Rotary:
+    """RoPE of one kind of layer, fixed per row: frequencies [B, R/2] in radians per position, scale [B] of cos and sin."""
+
+    frequencies: Array
+    scale: Array
+
+
+@_pytree
+class State:
+    """All that a row remembers. next_position [B] int32; offsets: one [B] int32 per tier index."""
+
+    layers: tuple[LayerState, ...]
+    offsets: tuple[Array, ...]
+    rotary: tuple[Rotary, ...]
+    next_position: Array
+
+
+@_pytree
+class Entries:
+    """Tokens on their way into a tier: keys, values [B, P, n, H] in compute dtype, keys rotated at `positions`
+    [B, P, n] int32; slots: the policy's leaves [B, P, n, ...]; valid [B, P, n] bool."""
+
+    keys: Array
+    values: Array
+    positions: Array
+    slots: Any
+    valid: Array
+
+
+@_pytree
+class Rows:
+    """What a policy may know of the query rows of one extend, for `Policy.row_statistic`.
+
+    remaining [B, t] int32: valid rows that follow this one in the same extend (0 = the last).
+    valid [B, t] bool. count [B] int32: valid rows of the whole extend. live [B, P, t] int32: keys each row sees.
+    """
+
+    remaining: Array
+    valid: Array
+    count: Array
+    live: Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TierSpec:
+    """Shape of a tier: slots allocated per block row, and (key scheme, value scheme)."""
+
+    slots: int
+    scheme: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Shape of one layer's cache; no tiers = nothing is stored (the plain forward pass)."""
+
+    policy: Any
+    tiers: tuple[TierSpec, ...]

@@ -1,0 +1,58 @@
+"""T new queries against the tiers of a cache and against the new tokens themselves."""
+
+from pallas_kernels.dispatch import Implementation, choose, takes_all
+from pallas_kernels.extend_attention import xla
+
+IMPLEMENTATIONS = {"xla": Implementation(xla.extend_attention, takes_all)}
+
+
+def extend_attention(
+    queries,
+    keys,
+    values,
+    tiers,
+    *,
+    positions,
+    valid,
+    segments,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    row_statistic,
+    block: int = 128,
+    implementation: str | None = None,
+):
+    """Exact attention in blocks of queries, never [T, T], with the policies' column statistics out of the same pass.
+
+    Query i sees new key j if j is valid, j <= i (when `causal`), their segments agree or one of the two is global, and
+    their positions differ by less than `window`; it sees a live slot under the same window.
+
+    Args:
+      queries [B, P, G, T, H]; keys, values [B, P, T, H] of the new tokens; rows that are not valid may hold anything.
+      tiers: tuple of (queries [B, P, G, T, H], keys [B, P, H, S], values [B, P, S, H], positions [B, P, S] int32 on the
+        queries' scale, live [B, P, S] bool). Dead slots may hold NaN keys and any finite values.
+      positions [B, T] int32; valid [B, T] bool; segments [B, T] int32 (-1 = global) or None: all one segment.
+      row_statistic: None, or (p [B, P, t, S] float32, visible [B, P, t, S] bool, live [B, P, t] int32,
+        start int32) -> pytree with leaves [B, P, S, ...]: what query rows start..start+t add per slot. p is the mean
+        over the query heads of a block row. Sums over blocks are returned.
+      block: queries per inner block; it changes memory and speed, not the result.
+    Returns: out [B, P, G, T, H]; statistics, one pytree per tier and one for the new tokens (all None without
+      `row_statistic`). Rows that see nothing give zeros.
+    """
+    run = choose("extend_attention", IMPLEMENTATIONS, implementation, queries)
+    return run(
+        queries,
+        keys,
+        values,
+        tiers,
+        positions=positions,
+        valid=valid,
+        segments=segments,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        row_statistic=row_statistic,
+        block=block,
+    )

@@ -1,0 +1,103 @@
+"""Extend attention in XLA.
+
+Queries go through in blocks under `lax.scan`. A causal block never looks beyond itself, so the scan is cut into a few
+stages, each with the keys up to its own end: about half the work of a full square, for a few copies of the body.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.decode_attention.xla import NEGATIVE, softcapped
+
+STAGES = 8
+
+
+def extend_attention(
+    queries, keys, values, tiers, *, positions, valid, segments, causal, window, scale, softcap, row_statistic, block
+):
+    length = queries.shape[3]
+    block = min(block, length)
+    blocks = -(-length // block)
+    spare = blocks * block - length
+    rows = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, spare), (0, 0)]) if spare else x,
+        (queries, tuple(tier[0] for tier in tiers)),
+    )
+    row_positions = jnp.pad(positions, ((0, 0), (0, spare)))
+    row_segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, spare)))
+
+    def attend(start, end):
+        """Query rows start..start+block against the tiers and the new tokens before `end` (static)."""
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, block, axis)
+        at = cut(row_positions, 1)[:, None, :, None]  # [B, 1, t, 1]
+        index = start + jnp.arange(block, dtype=jnp.int32)
+        sources = []
+        for tier, tier_queries in zip(tiers, rows[1], strict=True):
+            _, k, v, slot_positions, live = tier
+            see = jnp.broadcast_to(live[:, :, None, :], (*live.shape[:2], block, live.shape[2]))
+            if window is not None:
+                see &= at - slot_positions[:, :, None, :] < window
+            sources.append((cut(tier_queries, 3), "bpgth,bphs->bpgts", k, v, see))
+        see = jnp.broadcast_to(valid[:, None, None, :end], (valid.shape[0], 1, block, end))
+        if causal:
+            see &= (jnp.arange(end, dtype=jnp.int32)[None, :] <= index[:, None])[None, None]
+        if window is not None:
+            see &= jnp.abs(at - positions[:, None, None, :end]) < window
+        if segments is not None:
+            mine, theirs = cut(row_segments, 1)[:, None, :, None], segments[:, None, None, :end]
+            see &= (mine == theirs) | (mine < 0) | (theirs < 0)
+        sources.append((cut(rows[0], 3), "bpgth,bpsh->bpgts", keys[:, :, :end], values[:, :, :end], see))
+        return _softmax(sources, start, scale=scale, softcap=softcap, row_statistic=row_statistic)
+
+    edges = np.linspace(0, blocks, min(STAGES, blocks) + 1).astype(int) if causal else np.array([0, blocks])
+    outs, statistics = [], None
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        end = min(int(last) * block, length) if causal else length
+
+        def step(total, start, end=end):
+            out, statistic = attend(start, end)
+            return jax.tree.map(jnp.add, total, statistic), out
+
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda e=end: attend(0, e)[1]))
+        starts = jnp.arange(int(first), int(last), dtype=jnp.int32) * block
+        statistic, out = jax.lax.scan(step, zero, starts)
+        outs.append(out)
+        widen = lambda x, end=end: jnp.pad(x, [(0, 0), (0, 0), (0, length - end)] + [(0, 0)] * (x.ndim - 3))
+        statistic = (*statistic[:-1], jax.tree.map(widen, statistic[-1]))
+        statistics = statistic if statistics is None else jax.tree.map(jnp.add, statistics, statistic)
+    out = jnp.moveaxis(jnp.concatenate(outs), 0, 3)  # [B, P, G, blocks, block, H]
+    out = out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :length]
+    return out, statistics
+
+
+def _softmax(sources, start, *, scale, softcap, row_statistic):
+    """One softmax over all sources (queries, einsum, keys, values, visible) of one block of query rows."""
+    logits = [
+        jnp.where(
+            see[:, :, None],
+            softcapped(jnp.einsum(spec, q, k, preferred_element_type=jnp.float32) * scale, softcap),
+            NEGATIVE,
+        )
+        for q, spec, k, _, see in sources
+    ]
+    top = logits[0].max(axis=-1, keepdims=True)
+    for x in logits[1:]:
+        top = jnp.maximum(top, x.max(axis=-1, keepdims=True))
+    weights = [jnp.where(s[4][:, :, None], jnp.exp(x - top), 0.0) for x, s in zip(logits, sources, strict=True)]
+    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
+    inverse = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
+    out = sum(
+        jnp.einsum("bpgts,bpsh->bpgth", w.astype(s[3].dtype), s[3], preferred_element_type=jnp.float32)
+        for w, s in zip(weights, sources, strict=True)
+    )
+    out = (out * inverse).astype(sources[-1][3].dtype)
+    if row_statistic is None:
+        return out, (None,) * len(sources)
+    heads = sources[-1][0].shape[1]
+    live = sum(jnp.broadcast_to(s[4].sum(-1, dtype=jnp.int32), (s[4].shape[0], heads, s[4].shape[2])) for s in sources)
+    statistics = []
+    for w, s in zip(weights, sources, strict=True):
+        p = (w * inverse).mean(axis=2)
+        statistics.append(row_statistic(p, jnp.broadcast_to(s[4], p.shape), live, start))
+    return out, tuple(statistics)

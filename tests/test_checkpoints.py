@@ -1,0 +1,457 @@
+"""Hugging Face directories: configurations in both styles, weights in and out, and every refusal."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxkv.checkpoints import CheckpointError, Generation, open_checkpoint, read_config, save
+from jaxkv.checkpoints.generation_config import parse_generation
+from jaxkv.checkpoints.huggingface_config import config_to_json, parse_config
+from jaxkv.config import LayerConfig, RopeConfig
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+CASES = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+
+
+def golden_config(case: str) -> dict:
+    return json.loads((GOLDENS / case / "config.json").read_text())
+
+
+def copy_of(case: str, tmp_path: pathlib.Path, **changes) -> pathlib.Path:
+    """A writable copy of a golden directory; changes go into config.json (None: the key is removed)."""
+    folder = tmp_path / case
+    shutil.copytree(GOLDENS / case, folder)
+    fields = {key: value for key, value in (golden_config(case) | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def leaves_of(params) -> dict[str, np.ndarray]:
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in found}
+
+
+def assert_same(one, other):
+    one, other = leaves_of(one), leaves_of(other)
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        assert array.dtype == other[name].dtype, name
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_old_and_new_style_give_one_configuration(case):
+    config = parse_config(golden_config(case))
+    old = GOLDENS / case / "config.old.json"
+    if old.exists():
+        assert parse_config(json.loads(old.read_text())) == config
+    written = config_to_json(config, dtype="float32")
+    assert parse_config(written) == config
+    new_only = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta", "rope_local_base_freq")}
+    assert parse_config(new_only) == config
+    old_only = {k: v for k, v in written.items() if k not in ("rope_parameters", "layer_types", "dtype")}
+    assert parse_config(old_only) == config
+    assert parse_config(json.loads(json.dumps(written))) == config
+
+
+def test_gemma3_by_hand():
+    config = read_config(GOLDENS / "gemma3")
+    local = RopeConfig(kind="default", theta=1e4, rotary_dim=16)
+    whole = RopeConfig(kind="linear", theta=1e6, rotary_dim=16, factor=4.0)
+    local, whole = LayerConfig(window=16, rope=local), LayerConfig(window=None, rope=whole)
+    assert config.layers == (local, local, whole, local)
+    assert config.query_scale == 8**-0.5 and config.embedding_scale == math.sqrt(32)
+    assert config.norm_offset == 1.0 and config.sandwich_norms and config.qk_norm and config.tie_embeddings
+    assert config.activation == "gelu_tanh" and config.logit_softcap is None
+
+
+def test_defaults_of_transformers_apply():
+    llama = parse_config({"model_type": "llama"})
+    assert (llama.hidden_size, llama.num_layers, llama.num_kv_heads, llama.head_dim) == (4096, 32, 32, 128)
+    assert llama.layers[0] == LayerConfig(window=None, rope=RopeConfig(kind="default", theta=1e4, rotary_dim=128))
+    assert parse_config({"model_type": "mistral"}).layers[0].window == 4096
+    assert parse_config({"model_type": "mistral", "sliding_window": None}).layers[0].window is None
+    qwen2 = parse_config({"model_type": "qwen2"})
+    assert qwen2.qkv_bias and not qwen2.output_bias and qwen2.layers[31].window is None
+    gemma2 = parse_config({"model_type": "gemma2"})
+    assert [layer.window for layer in gemma2.layers[:3]] == [4096, None, 4096]
+    assert (gemma2.attention_softcap, gemma2.logit_softcap) == (50.0, 30.0)
+    assert parse_config({"model_type": "gemma2", "final_logit_softcapping": None}).logit_softcap is None
+    assert parse_config({"model_type": "qwen3"}).head_dim == 128
+
+
+PUBLISHED = {  # fields as in files on the Hub, spelled by several generations of tools
+    "smollm2": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_llama_config": True,
+        "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "transformers.js_config": {"a": {}},
+        "pretraining_tp": 1, "num_key_value_heads": 3, "num_attention_heads": 9, "hidden_size": 576,
+    },
+    "qwen2.5-yarn": {
+        "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 70,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+        "rope_theta": 1000000.0,
+    },
+    "phi-4-mini": {
+        "model_type": "phi3", "attention_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,
+        "lm_head_bias": False, "mlp_bias": False, "auto_map": {}, "partial_rotary_factor": 0.75,
+        "hidden_size": 3072, "num_attention_heads": 24, "original_max_position_embeddings": 4096,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2] * 48},
+    },
+    "gemma-2": {
+        "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid",
+        "query_pre_attn_scalar": 224, "sliding_window_size": None,
+    },
+    "phi-3-su": {
+        "model_type": "phi3", "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 8192,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_spellings_are_accepted(name):
+    config = parse_config(PUBLISHED[name])
+    assert parse_config(config_to_json(config, dtype="bfloat16")) == config
+
+
+def test_published_values():
+    yarn = parse_config(PUBLISHED["qwen2.5-yarn"]).layers[0]
+    assert (yarn.window, yarn.rope.kind, yarn.rope.factor, yarn.rope.beta_fast) == (None, "yarn", 4.0, 32.0)
+    phi = parse_config(PUBLISHED["phi-4-mini"])
+    assert phi.layers[0].rope.rotary_dim == 96 and phi.layers[0].rope.factor == 32.0 and phi.head_dim == 128
+    assert parse_config(PUBLISHED["phi-3-su"]).layers[0].rope.kind == "longrope"
+
+
+def test_text_part_of_multimodal_gemma3(tmp_path):
+    folder = copy_of("gemma3", tmp_path)
+    text = golden_config("gemma3")
+    outer = {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+        "vision_config": {"hidden_size": 8},
+        "mm_tokens_per_image": 256,
+        "eos_token_id": [1, 2],
+    }
+    (folder / "config.json").write_text(json.dumps(outer))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.", "language_model.model.", 1): array for name, array in tensors.items()}
+    renamed["vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
+    save_file(renamed, folder / "model.safetensors")
+    checkpoint = open_checkpoint(folder, dtype="float32")
+    assert checkpoint.config == read_config(GOLDENS / "gemma3")
+    assert checkpoint.generation.eos_ids == (1, 2)
+    assert_same(checkpoint.params, open_checkpoint(GOLDENS / "gemma3", dtype="float32").params)
+
+
+REFUSED = [  # (base case, changes, what the message must name)
+    ("llama2", {"model_type": "gpt_neox"}, ["gpt_neox", "llama, mistral, qwen2"]),
+    ("llama2", {"model_type": None}, ["None", "accepted"]),
+    ("llama2", {"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequence", "LlamaForCausalLM"]),
+    ("llama2", {"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM", "LlamaForCausalLM"]),
+    ("llama2", {"quantization_config": {"bits": 4}}, ["quantization_config", "absent"]),
+    ("llama2", {"num_local_experts": 8}, ["num_local_experts"]),
+    ("llama2", {"residual_multiplier": 0.2}, ["residual_multiplier", "0.2", "not known"]),
+    ("llama2", {"hidden_act": "relu"}, ["relu", "silu, swish, gelu"]),
+    ("llama2", {"hidden_size": "32"}, ["hidden_size", "'32'", "whole number"]),
+    ("llama2", {"num_key_value_heads": 3}, ["num_kv_heads 3"]),
+    ("llama2", {"layer_types": ["sliding_attention", "full_attention"]}, ["layer_types", "llama"]),
+    ("qwen2", {"layer_types": ["chunked_attention"] * 2}, ["chunked_attention", "full_attention, sliding_attention"]),
+    ("qwen2", {"layer_types": ["full_attention"]}, ["1 entries", "2"]),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2}, ["sliding_window"]),
+    ("mistral", {"attention_bias": True}, ["attention_bias", "mistral"]),
+    ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ("gemma2", {"hidden_activation": "relu2"}, ["relu2", "accepted"]),
+    ("gemma3", {"attn_logit_softcapping": 5.0}, ["attn_logit_softcapping", "null"]),
+    ("gemma3", {"rope_parameters": {"rope_type": "default"}}, ["rope_parameters", "full_attention"]),
+    ("llama2", {"rope_parameters": {"rope_type": "su"}}, ["'su'", "default, linear, dynamic, yarn, llama3, longrope"]),
+    ("qwen2", {"rope_parameters": {"type": "mrope", "mrope_section": [1]}}, ["mrope", "accepted"]),
+    ("qwen2", {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, ["mrope_section", "accepted"]),
+    ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["'yarn'", "default, longrope"]),
+    ("llama2", {"rope_parameters": {"rope_type": "linear"}}, ["linear", "factor"]),
+    ("llama2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+    ("llama2", {"rope_parameters": [1]}, ["rope_parameters", "object"]),
+    ("llama2", {"rope_theta": 5.0}, ["rope_theta = 5.0", "10000.0", "contradicts"]),
+    ("llama-linear", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["factor", "2.0", "4.0"]),
+    ("llama-dynamic-long", {"max_position_embeddings": 0}, ["max_position_embeddings"]),
+    ("phi3-longrope-long", {"original_max_position_embeddings": 32}, ["32", "64", "original"]),
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "named"), REFUSED, ids=lambda value: str(value)[:40])
+def test_unsupported_configurations_are_refused_by_name(case, changes, named):
+    fields = {key: value for key, value in (golden_config(case) | changes).items() if value is not None}
+    with pytest.raises(CheckpointError) as caught:
+        parse_config(fields)
+    for word in named:
+        assert word in str(caught.value)
+
+
+def test_what_transformers_cannot_express_is_not_written():
+    config = parse_config(golden_config("llama2"))
+    windowed = dataclasses.replace(config, layers=(dataclasses.replace(config.layers[0], window=8),) * 2)
+    for changed, named in (
+        (windowed, "layers"),
+        (dataclasses.replace(config, query_scale=0.5), "query_scale"),
+        (dataclasses.replace(config, logit_softcap=5.0), "logit_softcap"),
+        (dataclasses.replace(config, qkv_bias=True), "qkv_bias"),
+        (dataclasses.replace(config, model_type="pocket"), "pocket"),
+        (dataclasses.replace(config, attention="ssa"), "attention"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            config_to_json(changed, dtype="float32")
+
+
+def test_generation():
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "transformers_version": "4.43.0"}
+    found = parse_generation({"eos_token_id": [5, 6, 5], "bos_token_id": 1, **sampling}, {"eos_token_id": 2})
+    assert found == Generation((5, 6), 1, None, {"do_sample": True, "temperature": 0.6, "top_p": 0.9})
+    assert parse_generation({}, {"eos_token_id": 2, "pad_token_id": 0}) == Generation((2,), None, 0)
+    assert parse_generation({}, {"text_config": {"eos_token_id": 3}}).eos_ids == (3,)
+    for wrong in ("2", -1, [True], 2.5):
+        with pytest.raises(CheckpointError, match="eos_token_id"):
+            parse_generation({"eos_token_id": wrong}, {})
+
+
+# Weights in
+
+
+def test_fused_layout_by_hand():
+    """q, k, v side by side as columns, each transposed; gate before up; the tied table only as head."""
+    file = load_file(GOLDENS / "smollm2-like" / "model.safetensors")
+    params = leaves_of(open_checkpoint(GOLDENS / "smollm2-like", dtype="float32").params)
+    layer = "model.layers.1."
+    query, key, value = (file[f"{layer}self_attn.{name}_proj.weight"] for name in "qkv")
+    expected = np.concatenate([query.T, key.T, value.T], axis=1)
+    np.testing.assert_array_equal(params["layers_1/attention/qkv/kernel"], expected)
+    expected = np.concatenate([file[f"{layer}mlp.gate_proj.weight"].T, file[f"{layer}mlp.up_proj.weight"].T], axis=1)
+    np.testing.assert_array_equal(params["layers_1/mlp/gate_up/kernel"], expected)
+    np.testing.assert_array_equal(params["layers_1/mlp/down/kernel"], file[f"{layer}mlp.down_proj.weight"].T)
+    np.testing.assert_array_equal(params["layers_1/mlp_norm/scale"], file[f"{layer}post_attention_layernorm.weight"])
+    np.testing.assert_array_equal(params["head/kernel"], file["model.embed_tokens.weight"].T)
+    assert "embedder/embedding" not in params
+    untied = leaves_of(open_checkpoint(GOLDENS / "llama2", dtype="float32").params)
+    table = load_file(GOLDENS / "llama2" / "model.safetensors")
+    np.testing.assert_array_equal(untied["embedder/embedding"], table["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(untied["head/kernel"], table["lm_head.weight"].T)
+
+
+def test_gemma_norms_by_hand():
+    """post_attention_layernorm is the norm after attention here, and not, as elsewhere, the one before the MLP."""
+    file = load_file(GOLDENS / "gemma2" / "model.safetensors")
+    params = leaves_of(open_checkpoint(GOLDENS / "gemma2", dtype="float32").params)
+    for ours, theirs in (
+        ("attention_norm", "input_layernorm"),
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("mlp_norm", "pre_feedforward_layernorm"),
+        ("post_mlp_norm", "post_feedforward_layernorm"),
+    ):
+        np.testing.assert_array_equal(params[f"layers_0/{ours}/scale"], file[f"model.layers.0.{theirs}.weight"])
+
+
+@pytest.mark.parametrize("case", ["llama2", "llama-yarn-mscale", "qwen2-window"])  # stored f32, bf16, f16
+def test_dtype_in_memory(case):
+    whole = leaves_of(open_checkpoint(GOLDENS / case, dtype="float32").params)
+    half = leaves_of(open_checkpoint(GOLDENS / case, dtype="bfloat16").params)
+    for name, array in whole.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(half[name], array.astype(ml_dtypes.bfloat16))
+
+
+def test_progress_counts_bytes_to_the_end():
+    calls = []
+    checkpoint = open_checkpoint(GOLDENS / "llama3", dtype="bfloat16", progress=lambda *call: calls.append(call))
+    total = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(checkpoint.params))
+    assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
+    assert calls[-1][0] == calls[-1][1] == total
+    assert {name for _, _, name in calls} == set(leaves_of(checkpoint.params))
+
+
+def rewrite(folder: pathlib.Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_known_extras_are_skipped(tmp_path):
+    folder = copy_of("llama-tied", tmp_path)
+
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    rewrite(folder, change)
+    plain = open_checkpoint(GOLDENS / "llama-tied", dtype="float32").params
+    assert_same(open_checkpoint(folder, dtype="float32").params, plain)
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings is true, but 'lm_head.weight' differs"):
+        open_checkpoint(folder, dtype="float32")
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.pop(DOWN), [DOWN, "missing"]),
+        (lambda tensors: tensors.update({"model.layers.1.mlp.extra": np.ones(2)}), ["mlp.extra", "unexpected"]),
+        (lambda tensors: tensors.update({DOWN: np.ones((3, 4), np.float32)}), [DOWN, "[3, 4]", "[32, 48]"]),
+        (lambda tensors: tensors.update({DOWN: np.ones((32, 48), np.int8)}), [DOWN, "I8", "F32, F16, BF16"]),
+        (lambda tensors: tensors.update({DOWN: np.ones((32, 48), np.float64)}), [DOWN, "F64", "F32, F16, BF16"]),
+        (lambda tensors: tensors.pop("lm_head.weight"), ["lm_head.weight", "missing"]),
+    ],
+)
+def test_wrong_tensors(tmp_path, change, named):
+    folder = copy_of("llama2", tmp_path)
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder, dtype="float32")
+    for word in named:
+        assert word in str(caught.value)
+
+
+def test_damaged_files(tmp_path):
+    folder = copy_of("llama2", tmp_path)
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 5, 400, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut short"):
+            open_checkpoint(folder, dtype="float32")
+    path.write_bytes(whole)
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        open_checkpoint(folder, dtype="float32")
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"config\.json holds a JSON list"):
+        read_config(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        read_config(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        read_config(folder)
+
+
+def test_shards(tmp_path):
+    folder = copy_of("llama3", tmp_path)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = index["weight_map"][DOWN]
+    (folder / name).rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"shard '{name}' is missing"):
+        open_checkpoint(folder, dtype="float32")
+    (folder / "elsewhere").rename(folder / name)
+    index["weight_map"]["model.extra"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'model\.extra'"):
+        open_checkpoint(folder, dtype="float32")
+    index["weight_map"]["model.extra"] = "../secret.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not a file name in that directory"):
+        open_checkpoint(folder, dtype="float32")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(CheckpointError, match="weight_map must map"):
+        open_checkpoint(folder, dtype="float32")
+
+
+def test_pickle_weights_are_refused(tmp_path):
+    folder = copy_of("llama2", tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*not safe.*safetensors"):
+        open_checkpoint(folder, dtype="float32")
+    with pytest.raises(CheckpointError, match="not safe"):
+        open_checkpoint(folder / "pytorch_model.bin", dtype="float32")
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no weights; model\.safetensors"):
+        open_checkpoint(folder, dtype="float32")
+
+
+@pytest.mark.parametrize("source", ["smollm3", "./nowhere", "/no/such/place", "a/b/c", "models/x.gguf", ""])
+def test_unknown_sources_list_what_is_accepted(source):
+    with pytest.raises(CheckpointError, match=r"does not exist; accepted: a name \(smollm2\), a directory.*gguf.*id"):
+        open_checkpoint(source, dtype="float32")
+
+
+def test_files_that_are_no_source(tmp_path):
+    with pytest.raises(CheckpointError, match="is one file of a model; give its directory"):
+        open_checkpoint(GOLDENS / "llama2" / "model.safetensors", dtype="float32")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match="not a model file; accepted"):
+        open_checkpoint(tmp_path / "notes.txt", dtype="float32")
+    with pytest.raises(CheckpointError, match=r"dtype 'int8' is not supported; accepted: float32, bfloat16"):
+        open_checkpoint(GOLDENS / "llama2", dtype="int8")
+
+
+# Weights out
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_save_and_load_bit_for_bit(case, dtype, tmp_path):
+    first = open_checkpoint(GOLDENS / case, dtype=dtype)
+    save(tmp_path / "copy", first.config, first.params, generation=first.generation)
+    second = open_checkpoint(tmp_path / "copy", dtype=dtype)
+    assert (second.config, second.generation) == (first.config, first.generation)
+    assert_same(first.params, second.params)
+    original = set(load_file(GOLDENS / case / "model.safetensors")) if case != "llama3" else None
+    assert original in (None, set(load_file(tmp_path / "copy" / "model.safetensors")))
+
+
+def test_save_in_shards(tmp_path):
+    first = open_checkpoint(GOLDENS / "qwen3", dtype="float32")
+    save(tmp_path / "copy", first.config, first.params, max_shard_bytes=20_000)
+    shards = sorted((tmp_path / "copy").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(path.stat().st_size < 24_000 for path in shards)
+    assert_same(first.params, open_checkpoint(tmp_path / "copy", dtype="float32").params)
+
+
+def test_save_replaces_whole_checkpoints_only(tmp_path):
+    first = open_checkpoint(GOLDENS / "qwen3", dtype="float32")
+    target = tmp_path / "copy"
+    save(target, first.config, first.params, max_shard_bytes=20_000)
+    with pytest.raises(CheckpointError, match="not empty.*overwrite=True"):
+        save(target, first.config, first.params)
+    save(target, first.config, first.params, overwrite=True)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
+    (target / "thesis.tex").write_text("")
+    with pytest.raises(CheckpointError, match=r"thesis\.tex.*not overwritten"):
+        save(target, first.config, first.params, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_nothing_is_left_half_written(tmp_path):
+    first = open_checkpoint(GOLDENS / "llama2", dtype="float32")
+    broken = {key: value for key, value in first.params.items() if key != "final_norm"}
+    with pytest.raises(CheckpointError, match="final_norm/scale' is missing"):
+        save(tmp_path / "copy", first.config, broken)
+    with pytest.raises(CheckpointError, match="'extra/scale' is unexpected"):
+        save(tmp_path / "copy", first.config, {**first.params, "extra": {"scale": first.params["head"]["kernel"]}})
+    wrong = {**first.params, "final_norm": {"scale": first.params["final_norm"]["scale"][:5]}}
+    with pytest.raises(CheckpointError, match=r"has shape \[5\].*\[32\]"):
+        save(tmp_path / "copy", first.config, wrong)
+    with pytest.raises(CheckpointError, match=r"float16; accepted: one of float32, bfloat16"):
+        save(tmp_path / "copy", first.config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), first.params))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_targets_are_named(tmp_path):
+    first = open_checkpoint(GOLDENS / "llama2", dtype="float32")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file is a file; a directory"):
+        save(tmp_path / "file", first.config, first.params)
+    with pytest.raises(CheckpointError, match=r"file/copy cannot be written"):
+        save(tmp_path / "file" / "copy", first.config, first.params)
