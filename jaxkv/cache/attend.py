@@ -55,9 +55,10 @@ def make_context(state, valid, candidates, segments) -> Context:
 
 
 def attend_extend(
-    queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig, causal: bool
-):
-    """T new tokens. queries: one [B, T, N, H] per tier; keys, values [B, T, K, H].
+    queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig, causal: bool,
+    fresh: bool,
+):  # fmt: skip
+    """T new tokens. queries: one [B, T, N, H] per tier; keys, values [B, T, K, H]. fresh: the tiers are known to be empty.
 
     Returns: heads [B, T, N, H], and the layer's state after the insertion.
     """
@@ -68,7 +69,7 @@ def attend_extend(
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, T, H]
     tiers = tuple(
         (q, tier_keys(tier), tier_values(tier), tier.positions + offset[:, None, None], live_slots(tier))
-        for q, tier, offset in zip(grouped, layer.tiers, context.offsets, strict=False)
+        for q, tier, offset in zip(grouped, () if fresh else layer.tiers, context.offsets, strict=False)
     )
     policy = layer.policy
     remaining = context.count[:, None] - jnp.cumsum(context.valid, axis=1, dtype=jnp.int32)
@@ -140,7 +141,9 @@ def _store(layer, keys, values, statistics, context, *, config, kind):
     shape = keys.shape[:3]
     statistics = statistics or ((),) * (len(layer.tiers) + 1)
     absorb = lambda slots, statistic: policy.absorb(slots, statistic, layer.row, context.count)
-    slots = [absorb(tier.slots, s) for tier, s in zip(layer.tiers, statistics[:-1], strict=True)]
+    slots = [tier.slots for tier in layer.tiers]  # of tiers that were not attended to, being empty, they say nothing
+    if len(statistics) == len(layer.tiers) + 1:
+        slots = [absorb(tier, statistic) for tier, statistic in zip(slots, statistics[:-1], strict=True)]
     row = policy.advance(layer.row, context.count)
     own = context.positions - context.offsets[0][:, None]
     spread = lambda x: jnp.broadcast_to(x[:, None, :], shape)

@@ -64,11 +64,12 @@ def extend(
     outer = {name: params[name] for name in ("embedder", "head") if name in params}
     x, context = _begin(outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments,
                         config=config)
+    fresh = _is_fresh(state)
     layers = []
     for index, layer in enumerate(state.layers):
         x, layer = _layer(
             params[f"layers_{index}"], x, layer, context,
-            config=config, kind=config.layers[index], causal=visibility == "causal",
+            config=config, kind=config.layers[index], causal=visibility == "causal", fresh=fresh,
         )  # fmt: skip
         layers.append(layer)
         if progress is not None:
@@ -131,10 +132,10 @@ def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, se
     return x, make_context(state, valid, candidates, segments)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind", "causal"), donate_argnames=("x", "layer"))
-def _layer(params, x: Array, layer: LayerState, context: Context, *, config, kind, causal) -> tuple[Array, LayerState]:
+@functools.partial(jax.jit, static_argnames=("config", "kind", "causal", "fresh"), donate_argnames=("x", "layer"))
+def _layer(params, x: Array, layer: LayerState, context: Context, *, config, kind, causal, fresh) -> tuple[Array, LayerState]:
     attend = functools.partial(
-        attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal
+        attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal, fresh=fresh
     )
     return _block(params, x, context, config, kind, attend)
 
@@ -142,6 +143,11 @@ def _layer(params, x: Array, layer: LayerState, context: Context, *, config, kin
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("x",))
 def _end(params, x, *, config):
     return decoder.final_norm(params, x, config=config)
+
+
+def _is_fresh(state: State) -> bool:
+    """Whether no row has read anything, as far as can be told before tracing; then attention skips the empty tiers."""
+    return not isinstance(state.next_position, jax.core.Tracer) and not state.next_position.any()
 
 
 def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> None:

@@ -90,7 +90,10 @@ def _attention_fields(file: GgufFile, arch: str, given: dict[str, Any], fields: 
     if arch in ("llama", "qwen2", "qwen3"):
         if window:
             raise CheckpointError(f"{file.path}: attention.sliding_window = {window} is not supported for {arch}")
-        return {} if arch == "qwen2" else {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
+        biases = {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
+        if arch == "llama":
+            biases["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
+        return {} if arch == "qwen2" else biases
     # llama.cpp knows the query scale of Gemma by the number of layers alone
     largest = layers == {"gemma2": 46, "gemma3": 62}[arch]
     wide = fields["hidden_size"] // fields["num_attention_heads"]

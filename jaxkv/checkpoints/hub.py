@@ -34,9 +34,8 @@ def fetch(
     Raises:
       CheckpointError: no network, no such repository or revision, no access, or no safetensors in it.
     """
-    import httpx
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors  # errors.HTTPError: of the HTTP library that this version uses
 
     asked = f"{repo_id}@{revision}" if revision else repo_id
     instead = "A local directory, a .gguf file, or the name smollm2 works without a network."
@@ -65,7 +64,7 @@ def fetch(
         raise CheckpointError(
             f"{asked} is not in the local cache and cannot be downloaded ({why}). {instead}"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.HTTPError, OSError) as error:
         raise CheckpointError(f"{asked} cannot be downloaded: {error}. {instead}") from error
     path = pathlib.Path(folder)
     if not config_only and not any(path.glob("*.safetensors")):
@@ -74,15 +73,15 @@ def fetch(
 
 
 def _refuse_other_formats(path: pathlib.Path, repo_id: str, revision: str | None, token: str | None, offline: bool):
-    import httpx
     import huggingface_hub
+    from huggingface_hub import errors
 
-    names = [file.name for file in path.iterdir()]
+    names, known = [file.name for file in path.iterdir()], False
     if not offline:
         try:
-            names = huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision)
-        except (httpx.HTTPError, OSError):  # only makes the message below less exact
-            pass
+            names, known = huggingface_hub.HfApi(token=token).list_repo_files(repo_id, revision=revision), True
+        except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError):
+            pass  # the message below then speaks of the cache only
     for suffixes, advice in (
         ((".gguf",), "Download the file that you want and give its path."),
         ((".bin", ".pt", ".pth"), "Pickle weights are not safe to open: convert them to safetensors."),
@@ -90,4 +89,8 @@ def _refuse_other_formats(path: pathlib.Path, repo_id: str, revision: str | None
         found = sorted(name for name in names if name.endswith(suffixes))
         if found:
             raise CheckpointError(f"{repo_id} has no safetensors, only files such as {found[0]}. {advice}")
-    raise CheckpointError(f"{repo_id} has no safetensors weights; it has {', '.join(sorted(names)[:5]) or 'no files'}")
+    where = repo_id if known else f"the local cache of {repo_id}"
+    advice = "Nothing in it can be loaded." if known else "Load it once with a network."
+    raise CheckpointError(
+        f"{where} has no safetensors weights, only {', '.join(sorted(names)[:5]) or 'no'} files. {advice}"
+    )

@@ -280,7 +280,8 @@ def config_to_json(config: DecoderConfig, *, dtype: str, generation: Generation 
     back = parse_config(fields)
     for field in dataclasses.fields(DecoderConfig):
         asked, got = getattr(config, field.name), getattr(back, field.name)
-        if asked != got and not (isinstance(asked, float) and math.isclose(asked, got, rel_tol=1e-12)):
+        close = isinstance(asked, float) and isinstance(got, float) and math.isclose(asked, got, rel_tol=1e-12)
+        if asked != got and not close:
             raise CheckpointError(
                 f"config.json of model_type {config.model_type!r} cannot express {field.name} = {asked!r:.200}; "
                 f"transformers would read {got!r:.200}"

@@ -4,13 +4,15 @@ Pickle weights (`pytorch_model.bin`, `*.pt`) are refused: opening one can run an
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from jaxkv.checkpoints import layout
@@ -22,7 +24,7 @@ from jaxkv.config import DecoderConfig
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _OWN_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Where multimodal checkpoints keep the text model, and parts of theirs that the text model does not use.
 _TEXT_PREFIXES = (
@@ -72,23 +74,24 @@ def load(
     with contextlib.ExitStack() as stack:
         tensors = {}
         for path, names in _files(directory).items():
-            opened = stack.enter_context(_opened(path))
-            tensors |= _tensors_of(opened, path, names)
+            tensors |= _tensors_of(path, names, stack)
         extras = {name for name in tensors if _is_extra(name)}
-        shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
         tied = config.tie_embeddings and "lm_head.weight" in tensors
-        layout.check_tensors(
-            wanted, shapes, extras=extras | ({"lm_head.weight"} if tied else set()), where=str(directory)
-        )
+        if tied:
+            extras.add("lm_head.weight")
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        layout.check_tensors(wanted, shapes, extras=extras, where=str(directory))
         for name in (name for leaf in wanted for name, _ in leaf.sources):
-            if tensors[name].get_dtype() not in _STORED:
-                given, accepted = tensors[name].get_dtype(), ", ".join(_STORED)
+            if tensors[name].dtype not in _STORED:
+                given, accepted = tensors[name].dtype, ", ".join(_STORED)
                 raise CheckpointError(f"{directory}: tensor {name!r} has dtype {given}; accepted: {accepted}")
         if tied:
-            _check_tied(tensors, shapes, directory)
-        return layout.assemble(
-            wanted, lambda name, first, end: tensors[name][first:end], dtype=dtype, progress=progress
-        )
+            _check_tied(tensors, directory)
+
+        def read(name: str, first: int, end: int) -> np.ndarray:
+            return tensors[name].rows(first, end)
+
+        return layout.assemble(wanted, read, dtype=dtype, progress=progress)
 
 
 def _is_extra(name: str) -> bool:
@@ -123,37 +126,50 @@ def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
     return files
 
 
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor in an open file. Rows are read, not mapped: mapped pages would count as memory of the process."""
+
+    file: BinaryIO
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def rows(self, first: int, end: int) -> np.ndarray:
+        kind = _STORED[self.dtype]
+        count = int(np.prod(self.shape[1:]))
+        self.file.seek(self.offset + first * count * kind.itemsize)
+        data = self.file.read((end - first) * count * kind.itemsize)
+        return np.frombuffer(data, kind).reshape(end - first, *self.shape[1:])
+
+
+def _tensors_of(path: pathlib.Path, promised: set[str] | None, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    """The tensors of one file, by the names that a text model has; the file stays open in `stack`."""
     import safetensors
 
     try:
-        file = safetensors.safe_open(path, framework="numpy")
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # checks the header, and that it describes the whole file
+        file = stack.enter_context(path.open("rb", buffering=0))
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); download or write it again") from error
-    with file as opened:
-        yield opened
-
-
-def _tensors_of(opened: Any, path: pathlib.Path, promised: set[str] | None) -> dict[str, Any]:
-    names = set(opened.keys())
-    if promised is not None and promised - names:
-        raise CheckpointError(f"{path} lacks tensor {min(promised - names)!r}, which {_INDEX} places there")
+    header.pop("__metadata__", None)
+    if promised is not None and promised - header.keys():
+        raise CheckpointError(f"{path} lacks tensor {min(promised - header.keys())!r}, which {_INDEX} places there")
     found = {}
-    for name in names:
+    for name, entry in header.items():
         renamed = next((new + name[len(old) :] for old, new in _TEXT_PREFIXES if name.startswith(old)), name)
-        found[renamed] = opened.get_slice(name)
+        found[renamed] = _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
     return found
 
 
-def _check_tied(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], directory: pathlib.Path) -> None:
+def _check_tied(tensors: Mapping[str, _Stored], directory: pathlib.Path) -> None:
     head, table = (tensors[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    rows, step = shapes["model.embed_tokens.weight"][0], 1024
-    same = shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] and all(
-        np.array_equal(head[first : min(first + step, rows)], table[first : min(first + step, rows)])
-        for first in range(0, rows, step)
-    )
-    if not same:
+    blocks = [(first, min(first + 1024, table.shape[0])) for first in range(0, table.shape[0], 1024)]
+    same = head.shape == table.shape and head.dtype == table.dtype
+    if not same or not all(np.array_equal(head.rows(*block), table.rows(*block)) for block in blocks):
         raise CheckpointError(
             f"{directory}: tie_word_embeddings is true, but 'lm_head.weight' differs from "
             "'model.embed_tokens.weight'. Set tie_word_embeddings to false, or remove the tensor that is wrong."

@@ -39,7 +39,7 @@ class H2O(Policy):
         return {"attention": jnp.zeros(shape, jnp.float32)}
 
     def row_statistic(self, p, visible, rows, row):
-        return {"attention": jnp.where(rows.valid[:, None, :, None], p, 0.0).sum(axis=2)}
+        return {"attention": jnp.einsum("bpts,bt->bps", p, rows.valid.astype(p.dtype))}
 
     def absorb(self, slots, statistic, row, count):
         return {"attention": slots["attention"] + statistic["attention"]}

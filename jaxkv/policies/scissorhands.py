@@ -61,10 +61,10 @@ class Scissorhands(Policy):
     def row_statistic(self, p, visible, rows, row):
         room = self._bucket - self._filled_after(row["filled"], rows.count)
         age = (rows.remaining + room[:, None]) // self._bucket  # in buckets, [B, t]
-        unit = jnp.left_shift(jnp.uint32(1), 8 * jnp.minimum(age, BUCKETS - 1).astype(jnp.uint32))
-        unit = jnp.where(age < BUCKETS, unit, jnp.uint32(0))
-        low = low_attention(p, visible, rows)
-        return {"low": jnp.where(low, unit[:, None, :, None], jnp.uint32(0)).sum(axis=2, dtype=jnp.uint32)}
+        bucket = (age[..., None] == jnp.arange(BUCKETS, dtype=jnp.int32)[None, None]).astype(jnp.float32)  # [B, t, buckets]
+        low = low_attention(p, visible, rows).astype(jnp.float32)
+        counts = jnp.einsum("bpts,btk->kbps", low, bucket).astype(jnp.uint32)  # a dot: exact, below 2**24
+        return {"low": sum(counts[k] << (8 * k) for k in range(BUCKETS))}
 
     def absorb(self, slots, statistic, row, count):
         room = self._bucket - self._filled_after(row["filled"], count)

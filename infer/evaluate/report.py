@@ -1,0 +1,142 @@
+"""The rows of an evaluation as a table for people, as JSON for programs, and as a picture.
+
+A row is a dict with at least `cache`, `budget`, `bytes`, `share`, `kl_mean`, `kl_p99`, `top1`, `bits_per_byte`,
+`accuracy` (task -> share), `accuracy_interval` (task -> [low, high]), `tokens_per_second` and `protocol`; what was not
+measured is None.
+"""
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from jaxkv.cache.budgets import format_bytes
+
+Row = dict[str, Any]
+KL_FLOOR = 1e-5  # nats; what the logarithmic axis of the picture can still tell from the full cache
+
+
+def table(rows: Sequence[Row]) -> str:
+    """An aligned table, one line per row; accuracies with their 95 % interval. "-" was not measured."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row["accuracy"]))
+    head = ["cache", "budget", "bytes", "share", "KL mean", "KL p99", "top-1", "bits/byte", *tasks, "tokens/s"]
+    lines = [head]
+    for row in rows:
+        lines.append([
+            row["cache"],
+            row["budget"],
+            format_bytes(row["bytes"]),
+            f"{row['share']:.1%}",
+            _number(row["kl_mean"], ".4f"),
+            _number(row["kl_p99"], ".3f"),
+            _number(row["top1"], ".1%"),
+            _number(row["bits_per_byte"], ".3f"),
+            *(_accuracy(row, task) for task in tasks),
+            _number(row["tokens_per_second"], ".1f"),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = lambda cells: "  ".join(
+        cell.ljust(width) if i < 2 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
+    out = [text(head), "  ".join("-" * width for width in widths), *map(text, lines[1:])]
+    return "\n".join([*(line.rstrip() for line in out), *_footnotes(rows)])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _accuracy(row: Row, task: str) -> str:
+    if row["accuracy"].get(task) is None:
+        return "-"
+    low, high = row["accuracy_interval"][task]
+    return f"{row['accuracy'][task]:.0%} [{100 * low:.0f}-{100 * high:.0f}]"
+
+
+def _footnotes(rows: Sequence[Row]) -> list[str]:
+    notes = [""] if rows else []
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    if protocols:
+        notes.append(f"questions: {', '.join(protocols)}; [95 % Wilson interval]; bytes: allocated for one sequence")
+    batches = sorted({row["batch"] for row in rows if row.get("batch")})
+    if batches:
+        notes.append(f"tokens/s: decoding, all {', '.join(map(str, batches))} rows of the batch together; KL in nats")
+    notes += [f"{row['cache']} {row['budget']}: {row['note']}" for row in rows if row.get("note")]
+    return notes
+
+
+def write_json(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Writes the list of rows; the file appears complete or not at all.
+
+    Raises: OSError if the place cannot be written.
+    """
+    text = json.dumps(list(rows), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    _write(path, lambda name: pathlib.Path(name).write_text(text, encoding="utf-8"), suffix=".json")
+
+
+def write_picture(
+    rows: Sequence[Row], path: str | os.PathLike[str], *, title: str = "Quality against cache size"
+) -> None:
+    """Draws KL (logarithmic, left) and accuracy (right, mean over tasks) against bytes, one line per cache, as PNG.
+
+    Raises: ModuleNotFoundError without matplotlib, with what to install; OSError if the place cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the picture needs matplotlib, which is not installed: pip install jaxkv[demo] (the table works without it)"
+        ) from error
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for number, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
+        mine = sorted((row for row in rows if row["cache"] == cache), key=lambda row: row["bytes"])
+        style = {"marker": "osD^vPX*"[number % 8], "label": cache, "color": f"C{number % 10}"}
+        _line(left, mine, lambda row: None if row["kl_mean"] is None else max(row["kl_mean"], KL_FLOOR), style)
+        _line(right, mine, _mean_accuracy, style)
+    left.set(yscale="log", ylabel="KL(full || this), nats per token", title="distance from the full cache")
+    protocols = ", ".join(dict.fromkeys(row["protocol"] for row in rows))
+    right.set(
+        ylim=(-0.05, 1.05), ylabel="share of answers right", title=f"answers ({protocols})" if protocols else "answers"
+    )
+    for axes in (left, right):
+        axes.set_xlabel("cache, MiB per sequence")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
+    figure.suptitle(title)
+    _write(path, lambda name: canvas.print_png(name), suffix=".png")
+
+
+def _line(axes: Any, rows: Sequence[Row], value: Any, style: dict[str, Any]) -> None:
+    points = [(row["bytes"] / 2**20, value(row)) for row in rows if value(row) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def _mean_accuracy(row: Row) -> float | None:
+    shares = [share for share in row["accuracy"].values() if share is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _write(path: str | os.PathLike[str], write: Any, *, suffix: str) -> None:
+    """Writes beside `path` under another name, then renames."""
+    path = pathlib.Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=suffix)
+    os.close(handle)
+    try:
+        write(name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,369 @@
+"""Every cache at every budget against the full cache of the same model on the same tokens.
+
+    excerpts   [context | next + 1]     one prefill under Full(observe=...)  ─┬─ compress ─ decode `next` given tokens
+                                                                              ├─ compress ─ decode ...
+    samples    [context] + questions    one prefill per context              ─┬─ compress ─ copy ─ ask, copy ─ ask, ...
+                                                                              └─ ...
+
+What is compiled: per cache and budget one decode loop and three one-layer functions; limits are data, slots are shapes.
+"""
+
+import dataclasses
+import functools
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infer.evaluate import metrics
+from infer.evaluate.tasks import TASKS, Context, encode_context, load_samples, make_samples
+from jaxkv import decoder
+from jaxkv.cache import compress, decode, empty_state, extend
+from jaxkv.cache.budgets import Plan, parse_budget, plan, slot_grid
+from jaxkv.policies import Full, Policy, make_policy
+
+COMPRESS_THEN_ASK = "compress then ask"  # the cache shrinks before the question is known
+ASK_WITH_CONTEXT = "ask with context"  # the question is read before the cache shrinks
+PROTOCOLS = (COMPRESS_THEN_ASK, ASK_WITH_CONTEXT)
+QUESTION_GRID = 16  # questions are padded to a multiple of this
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Case:
+    """A row to measure. budget None: the full cache."""
+
+    policy: Policy
+    budget: str | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.policy.name} {self.budget or '100%'}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A question as ids: `ask` ends with the prefix."""
+
+    task: str
+    ask: list[int]
+    answer: list[int]
+
+
+class _Steps:
+    """Counts the steps of the whole run for the progress callback."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total, what)
+
+
+def evaluate(
+    lm: Any,
+    *,
+    text: str,
+    caches: Sequence[str | Policy],
+    budgets: Sequence[str],
+    tasks: Sequence[str],
+    context: int,
+    next_tokens: int,
+    excerpts: int,
+    samples: int | None,
+    samples_file: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    protocol: str = COMPRESS_THEN_ASK,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Measures each cache at each budget; the rows that `infer.evaluate.report` prints, writes and draws.
+
+    Language modelling: after `context` tokens the cache is compressed, then `next_tokens` given tokens go through the
+    decode path one by one, evicting as in generation, and each prediction is compared with the full cache's. Questions:
+    right iff every token of the answer is the most likely one, which is when greedy generation starts with the answer.
+
+    Args:
+      lm: has `config`, `params` and `tokenizer` (`encode`, `token_bytes`).
+      text: where the excerpts and the filler of the generated tasks come from.
+      caches: names of policies, or policies; `full` gives one row, whatever the budgets. budgets: as `jaxkv` spells
+        them ("25%", "512", "8MiB"), of context plus what follows.
+      tasks: names of `TASKS`; samples: questions per task; None or 0: no questions. samples_file: these instead.
+      context, next_tokens: in tokens. excerpts: how many, at least 0 (no language modelling).
+      protocol: "compress then ask" (the cache shrinks before the question is known), or "ask with context" (it shrinks
+        after the question and the answer's prefix but for the prefix's last token; the question continues the prefilled
+        context).
+      progress: called with (steps done, steps, what was done).
+    Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (0 to 1), bytes (allocated
+      for one row of context plus what follows), tokens (the largest limit of a layer), kl_mean, kl_interval (95 %, over
+      excerpts), kl_p99, top1, bits_per_byte, tokens_per_second (all rows of the batch), batch, accuracy (task ->
+      share), accuracy_interval, asked (task -> number), protocol, note. What was not measured is None or empty.
+    Raises: ValueError for bad arguments, before anything runs.
+    """
+    cases = _cases(caches, budgets)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(map(repr, PROTOCOLS))}")
+    for name, value, least in (("context", context, 1), ("next_tokens", next_tokens, 1), ("excerpts", excerpts, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if samples is not None and samples < 0:
+        raise ValueError(f"samples must not be negative, got {samples}")
+    contexts = _contexts(lm, text, tasks, context, samples, samples_file, seed)
+    prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]
+    questions = [[_encode(lm.tokenizer, q) for q in one.questions] for one in contexts]
+    asked_lengths = [len(q.ask) + len(q.answer) for group in questions for q in group]
+    reserve = max([next_tokens, *asked_lengths])
+    longest = max([context, *map(len, prompts)]) + reserve
+    if longest > lm.config.max_positions:
+        raise ValueError(
+            f"{longest} tokens (context {longest - reserve} and {reserve} that follow) exceed the model's"
+            f" {lm.config.max_positions} positions; give a smaller context"
+        )
+    tokens = _excerpts(lm, text, context + next_tokens + 1, excerpts, seed) if excerpts else None
+    dtype = str(jax.tree.leaves(lm.params)[0].dtype)
+    price = functools.partial(plan, lm.config, dtype=dtype)
+    # All plans are made first: a budget that is impossible must be refused before the minutes of work, not after.
+    spans = [context + reserve] * max(excerpts, 0 if contexts else 1)
+    text_plans = [price(case.policy, case.budget, lengths=spans) for case in cases] if spans else None
+    lengths = [len(prompt) + reserve for prompt in prompts]
+    task_plans = [price(case.policy, case.budget, lengths=lengths) for case in cases] if prompts else None
+    steps = _Steps(progress, (1 + len(cases)) * (bool(excerpts) + len(contexts)))
+    observe = tuple(dict.fromkeys(case.policy for case in cases if case.policy.needs_attention))
+
+    rows = []
+    for case, planned in zip(cases, text_plans or task_plans, strict=True):
+        rows.append(_row(case, planned, protocol))
+    if excerpts:
+        measured = _language(lm, cases, text_plans, tokens, context, spans, observe, price, steps)
+        for row, values in zip(rows, measured, strict=True):
+            row.update(values)
+    if contexts:
+        full = price(Full(observe=observe), None, lengths=lengths)
+        scores = _questions(lm, cases, task_plans, prompts, questions, lengths, full, protocol, steps)
+        for row, score in zip(rows, scores, strict=True):
+            _add_accuracy(row, score)
+    return rows
+
+
+def _cases(caches, budgets) -> list[_Case]:
+    if not caches:
+        raise ValueError("no caches to evaluate; give at least one, such as 'full'")
+    cases = []
+    for budget in budgets:
+        parse_budget(budget)
+    for policy in map(make_policy, caches):
+        if isinstance(policy, Full):  # it has one size; a smaller one would not be full
+            cases.append(_Case(policy=Full(), budget=None))
+        elif not budgets:
+            raise ValueError(f"cache {policy.name!r} needs a budget, such as '25%'")
+        else:
+            cases += [_Case(policy=policy, budget=str(budget)) for budget in budgets]
+    if len(set(cases)) != len(cases):
+        raise ValueError(f"caches or budgets are repeated: {[case.label for case in cases]}")
+    names = {}
+    for case in cases:
+        if names.setdefault(case.policy.name, case.policy) != case.policy:
+            raise ValueError(f"two different policies are named {case.policy.name!r}; evaluate them in two runs")
+    return cases
+
+
+def _contexts(lm, text, tasks, context, samples, samples_file, seed) -> list[Context]:
+    if samples_file is not None:
+        return load_samples(samples_file)
+    unknown = [name for name in tasks if name not in TASKS]
+    if unknown:
+        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    if not tasks or not samples:
+        return []
+    return make_samples(tasks, filler=text, tokenizer=lm.tokenizer, context_tokens=context, samples=samples, seed=seed)
+
+
+def _encode(tokenizer, question) -> _Asked:
+    """The three parts are tokenized apart, so that the answer's tokens do not depend on what precedes them."""
+    asked, answer = (
+        [*tokenizer.encode(question.question), *tokenizer.encode(question.prefix)],
+        list(tokenizer.encode(question.answer)),
+    )
+    if not answer or not asked:
+        raise ValueError(
+            f"task {question.task!r}: a question and an answer need at least one token each, got {question}"
+        )
+    return _Asked(task=question.task, ask=asked, answer=answer)
+
+
+def _excerpts(lm, text, size, count, seed) -> np.ndarray:
+    """[count, size] token ids: evenly spread, each shifted at random inside its part of the text."""
+    start = encode_context(lm.tokenizer, "")  # a bos token, if the model wants one
+    ids = list(lm.tokenizer.encode(text))
+    part, body = len(ids) // count, size - len(start)
+    if part < body:
+        raise ValueError(
+            f"the text has {len(ids)} tokens; {count} excerpts of {body} (context, next tokens and one to predict) need"
+            f" {count * body}; give a longer text, fewer excerpts or a smaller context"
+        )
+    rng = random.Random(f"jaxkv excerpts {seed}")
+    starts = [i * part + rng.randint(0, part - body) for i in range(count)]
+    return np.asarray([[*start, *ids[at : at + body]] for at in starts], np.int32)
+
+
+def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
+    return {
+        "cache": case.policy.name,
+        "budget": case.budget or "100%",
+        "share": float(planned.share),
+        "bytes": int(planned.bytes_per_row),
+        "tokens": int(planned.limits.max()),
+        "kl_mean": None,
+        "kl_interval": None,
+        "kl_p99": None,
+        "top1": None,
+        "bits_per_byte": None,
+        "tokens_per_second": None,
+        "batch": None,
+        "accuracy": {},
+        "accuracy_interval": {},
+        "asked": {},
+        "protocol": protocol,
+        "note": planned.note,
+    }
+
+
+def _language(lm, cases, plans, tokens, context, spans, observe, price, steps) -> list[dict[str, Any]]:
+    """Teacher-forced decoding of what follows each excerpt's context, under every case."""
+    full = price(Full(observe=observe), None, lengths=spans)
+    prompt, given, targets = tokens[:, :context], tokens[:, context:-1], tokens[:, context + 1 :]
+    sizes = [len(piece) for piece in lm.tokenizer.token_bytes()]
+    byte_count = sum(sizes[token] for token in targets.ravel())
+    state = empty_state(lm.config, full.spec, limits=full.limits, lengths=spans)
+    _, state = extend(lm.params, jnp.asarray(prompt), state, config=lm.config)
+    jax.block_until_ready(state)
+    steps("excerpts read")
+    given, targets = jnp.asarray(given.T), jnp.asarray(targets.T)  # [N, B]
+
+    def run(policy: Policy, planned: Plan):
+        small = compress(state, policy, slots=planned.slots, limits=planned.limits[:, 0])
+        loop = _forced.lower(lm.params, given, small, config=lm.config).compile()
+        jax.block_until_ready(small)
+        begin = time.perf_counter()
+        hidden, _, small = loop(lm.params, given, small)
+        jax.block_until_ready(small)
+        return hidden, given.size / (time.perf_counter() - begin)
+
+    reference = run(Full(), price(Full(), None, lengths=spans))
+    measured = []
+    for case, planned in zip(cases, plans, strict=True):
+        hidden, speed = reference if isinstance(case.policy, Full) else run(case.policy, planned)
+        kl, same, nll = map(np.asarray, _compare(lm.params, reference[0], hidden, targets, config=lm.config))
+        _, interval = metrics.mean_interval(kl.mean(axis=0))  # tokens of one excerpt are not independent
+        measured.append({
+            "kl_mean": float(kl.mean(dtype=np.float64)),
+            "kl_interval": None if interval is None else list(interval),
+            "kl_p99": float(np.quantile(kl, 0.99)),
+            "top1": float(same.mean()),
+            "bits_per_byte": metrics.bits_per_byte(nll, byte_count) if byte_count else None,
+            "tokens_per_second": speed,
+            "batch": int(tokens.shape[0]),
+        })  # fmt: skip
+        steps(f"{case.label}: excerpts")
+    return measured
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _forced(params, tokens, state, *, config):
+    """Decodes the given tokens [N, B]; hidden [N, B, D], the most likely next tokens [N, B], the state.
+
+    The head and the argmax are part of the loop so that its time is that of greedy generation.
+    """
+    valid = jnp.ones(tokens.shape[1:], bool)
+
+    def step(state, token):
+        hidden, state = decode(params, token, state, config=config, valid=valid)
+        best = decoder.logits(params, hidden, config=config).argmax(axis=-1).astype(jnp.int32)
+        return state, (hidden, best)
+
+    state, (hidden, best) = jax.lax.scan(step, state, tokens)
+    return hidden, best, state
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _compare(params, full, hidden, targets, *, config):
+    """KL(full || this), equal most likely token, and nll of `targets` [N, B]; hidden states are [N, B, D]."""
+
+    def step(one):
+        ours = decoder.logits(params, one[1], config=config)
+        theirs = decoder.logits(params, one[0], config=config)
+        return metrics.kl(theirs, ours), metrics.agree(theirs, ours), metrics.nll(ours, one[2])
+
+    return jax.lax.map(step, (full, hidden, targets))
+
+
+def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, steps) -> list[dict[str, list[bool]]]:
+    """Per case: task -> whether each question was answered right. One context is in memory at a time."""
+    everything = [q for group in questions for q in group]
+    width = lambda sizes: -(-max(sizes) // QUESTION_GRID) * QUESTION_GRID
+    first, answers = width(len(q.ask) + len(q.answer) for q in everything), max(len(q.answer) for q in everything)
+    second = width(1 + len(q.answer) for q in everything)
+    scores: list[dict[str, list[bool]]] = [{} for _ in cases]
+    for index, (prompt, group, length) in enumerate(zip(prompts, questions, lengths, strict=True)):
+        state = empty_state(lm.config, full.spec, limits=full.limits[:, :, index : index + 1], lengths=[length])
+        _, state = _extend_padded(lm, prompt, slot_grid(len(prompt)), state)
+        steps(f"context {index + 1} of {len(prompts)} read")
+        shrink = lambda state, k, index=index: compress(
+            state, cases[k].policy, slots=plans[k].slots, limits=plans[k].limits[:, 0, index : index + 1]
+        )
+        if protocol == ASK_WITH_CONTEXT:
+            for q in group:
+                seen = _copy(state)
+                if q.ask[:-1]:
+                    _, seen = _extend_padded(lm, q.ask[:-1], first, seen)
+                for k, score in enumerate(scores):
+                    right = _answers(lm, q.ask[-1:], q.answer, second, answers, shrink(seen, k))
+                    score.setdefault(q.task, []).append(right)
+        for k, score in enumerate(scores):
+            if protocol == COMPRESS_THEN_ASK:
+                small = shrink(state, k)
+                for q in group:
+                    right = _answers(lm, q.ask, q.answer, first, answers, _copy(small))
+                    score.setdefault(q.task, []).append(right)
+            steps(f"{cases[k].label}: context {index + 1} of {len(prompts)}")
+    return scores
+
+
+def _copy(state):
+    """`extend` donates its state."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def _extend_padded(lm, ids, width, state):
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(ids)] = ids
+    valid = jnp.asarray(np.arange(width)[None] < len(ids))
+    return extend(lm.params, jnp.asarray(tokens), state, config=lm.config, valid=valid)
+
+
+def _answers(lm, ask, answer, width, answers, state) -> bool:
+    """Whether each token of the answer is the most likely one after `ask` and the answer so far. Consumes the state."""
+    hidden, _ = _extend_padded(lm, [*ask, *answer], width, state)
+    at = len(ask) - 1 + np.minimum(np.arange(answers), len(answer) - 1)
+    best = np.asarray(_most_likely(lm.params, hidden, jnp.asarray(at, jnp.int32), config=lm.config))
+    return best[: len(answer)].tolist() == answer
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _most_likely(params, hidden, at, *, config):
+    """The most likely next tokens [A] after positions `at` [A] of hidden [1, T, D]."""
+    return decoder.logits(params, hidden[0, at], config=config).argmax(axis=-1)
+
+
+def _add_accuracy(row: dict[str, Any], score: dict[str, list[bool]]) -> None:
+    for task, right in score.items():
+        row["accuracy"][task] = sum(right) / len(right)
+        row["accuracy_interval"][task] = list(metrics.wilson(sum(right), len(right)))
+        row["asked"][task] = len(right)

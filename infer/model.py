@@ -1,0 +1,234 @@
+"""The surface users see: a loaded model that generates, streams, scores and holds sessions under a cache budget."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infer import generate as generation
+from infer.prefill import new_state, pad_rows, read
+from infer.sampling import Sampling
+from infer.stops import build_stops, trim
+from jaxkv import decoder
+from jaxkv.cache import forward
+from jaxkv.cache.budgets import Plan, plan
+from jaxkv.checkpoints import Checkpoint, open_checkpoint
+from jaxkv.policies import Policy, make_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One answer. token_ids: without the id that stopped it. logprobs: per token in nats, if asked for.
+
+    stats: cache_bytes (of one sequence, all that is allocated), cache (one line), prompt_tokens, new_tokens,
+    compile_seconds, time_to_first_token, tokens_per_second (of the whole batch, decoding only).
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    stats: dict[str, Any]
+
+
+def load(source: str | os.PathLike, *, dtype: str = "float32", revision=None, token=None, offline=False, progress=None):
+    """Loads a model: a name ("smollm2"), a directory, a .gguf file or a Hugging Face id.
+
+    Args: dtype of parameters, computation and cache: "float32" or "bfloat16". revision, token, offline: for an id.
+    Raises: jaxkv.checkpoints.CheckpointError, with what was given and what is accepted.
+    """
+    checkpoint = open_checkpoint(
+        source, dtype=dtype, revision=revision, token=token, offline=offline, progress=progress
+    )
+    return LanguageModel(checkpoint, dtype=dtype)
+
+
+class LanguageModel:
+    """A checkpoint in memory, with what is built from it once. Not a pytree; the functions inside are jitted."""
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: str):
+        self.config, self.params, self.tokenizer = checkpoint.config, checkpoint.params, checkpoint.tokenizer
+        self.generation, self.dtype = checkpoint.generation, dtype
+        self._bytes: list[bytes] | None = None
+        self._stops: dict = {}
+
+    def plan(self, cache: str | Policy = "full", budget=None, *, lengths: list[int], **options) -> Plan:
+        """The cache that `generate` would allocate for rows of these total lengths (prompt plus new tokens)."""
+        return plan(self.config, make_policy(cache, **options), budget, lengths=lengths, dtype=self.dtype)
+
+    def generate(
+        self, prompts, *, max_new_tokens: int = 128, cache="full", budget=None, policy_options=None,
+        sampling: Sampling | None = None, samples: int = 1, stop: list[str] | None = None, logprobs: bool = False,
+        streaming: bool = False, progress=None,
+    ) -> list[Completion]:  # fmt: skip
+        """Completes prompts, greedily unless `sampling` says otherwise, under a cache budget.
+
+        Args:
+          prompts: a string or list of token ids, or a list of them; lengths may differ.
+          cache: a policy by name (`jaxkv.policies.POLICIES`) or a Policy. budget: tokens per kv head and layer (int),
+            "64MiB" per sequence, "20%" of the full cache; None = everything.
+          samples: completions per prompt, from one prefill; consecutive in the result. Sample i uses seed + i.
+          stop: strings that end a completion and are cut off. streaming: allow positions past the model's window.
+        Returns: one Completion per prompt and sample.
+        Raises: ValueError for bad arguments; MemoryError before allocating what cannot fit.
+        """
+        rows = self._rows(prompts)
+        sampling = sampling or Sampling()
+        _at_least("samples", samples, 1)
+        lengths = [len(row) + _at_least("max_new_tokens", max_new_tokens, 1) for row in rows]
+        self._check_window(lengths, streaming)
+        planned = self.plan(cache, budget, lengths=lengths, **(policy_options or {}))
+        started, compiled = time.perf_counter(), _compile_seconds()
+        state = new_state(self.config, planned, lengths)
+        hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
+        if samples > 1:
+            hidden, state = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (hidden, state))
+        request = self._request(len(rows), samples, sampling, max_new_tokens, stop)
+        repeated = [row for row in rows for _ in range(samples)]
+        pieces = generation.run(self.params, hidden, state, request, config=self.config, prompts=repeated)
+        out, _, times = generation.collect(pieces, started)
+        compile_seconds = _compile_seconds() - compiled
+        return [
+            self._completion(made, prompt, planned, times, compile_seconds, stop, logprobs)
+            for made, prompt in zip(out, repeated, strict=True)
+        ]
+
+    def stream(self, prompt, *, max_new_tokens: int = 128, cache="full", budget=None, policy_options=None,
+               sampling: Sampling | None = None, stop: list[str] | None = None, streaming: bool = False,
+               progress=None) -> Iterator[str]:  # fmt: skip
+        """Yields the completion of one prompt as pieces of text, as they come. Arguments as `generate`."""
+        rows = self._rows([prompt] if isinstance(prompt, str) else [list(prompt)])
+        lengths = [len(rows[0]) + _at_least("max_new_tokens", max_new_tokens, 1)]
+        self._check_window(lengths, streaming)
+        planned = self.plan(cache, budget, lengths=lengths, **(policy_options or {}))
+        state = new_state(self.config, planned, lengths)
+        hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
+        request = self._request(1, 1, sampling or Sampling(), max_new_tokens, stop)
+        pieces = generation.run(self.params, hidden, state, request, config=self.config, prompts=rows)
+        yield from self.texts(pieces, stop)
+
+    def texts(self, pieces, stop=None) -> Iterator[str]:
+        """Turns the token blocks of row 0 into pieces of text; holds back what may be half a character or a stop."""
+        ids, shown, longest = [], 0, max(map(len, stop or [""]))
+        for tokens, _, loop in pieces:
+            ids += tokens[0]
+            done = not bool(loop.running[0])
+            text = trim(self.decode(self._visible(ids)), stop or [])
+            ready = len(text) if done else max(shown, len(text.rstrip("\ufffd")) - longest)
+            if ready > shown:
+                yield text[shown:ready]
+                shown = ready
+
+    def logits(self, ids) -> jax.Array:
+        """The plain forward pass: token ids [B, T] -> next-token logits [B, T, V] float32."""
+        tokens = jnp.asarray(np.asarray(ids))
+        if tokens.ndim != 2 or not tokens.size:
+            raise ValueError(f"ids must be a non-empty [B, T] array, got shape {tokens.shape}")
+        self._check_ids(np.asarray(ids).reshape(-1))
+        self._check_window([tokens.shape[1]], False)
+        hidden = forward(self.params, tokens.astype(jnp.int32), config=self.config)
+        return decoder.logits(self.params, hidden, config=self.config)
+
+    def session(self, *, cache="full", budget=None, max_tokens: int | None = None, **options):
+        """A conversation over one budgeted state; see `infer.session.Session`."""
+        from infer.session import Session
+
+        return Session(self, cache=cache, budget=budget, max_tokens=max_tokens or self.config.max_positions, **options)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the beginning-of-sequence id only if the tokenizer itself asks for it."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json; give token ids instead of text")
+        return self.tokenizer.encode(text, add_bos=self.tokenizer.add_bos)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; empty without a tokenizer."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(ids)
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Ids that end a completion, from the model's own configuration."""
+        return set(self.generation.eos_ids)
+
+    def _rows(self, prompts) -> list[list[int]]:
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+            prompts = [prompts]
+        rows = [self.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        if not rows:
+            raise ValueError("no prompts were given; generate takes at least one")
+        for index, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"prompt {index} is empty; a prompt has at least one token")
+            self._check_ids(row)
+        return rows
+
+    def _check_ids(self, row) -> None:
+        bad = [int(i) for i in row if not 0 <= i < self.config.vocab_size]
+        if bad:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary, 0 to {self.config.vocab_size - 1}")
+
+    def _check_window(self, lengths, streaming) -> None:
+        if max(lengths) > self.config.max_positions and not streaming:
+            raise ValueError(
+                f"prompt and new tokens take {max(lengths)} positions, the model's window is"
+                f" {self.config.max_positions}; shorten them, or ask for streaming past the window"
+            )
+
+    def request_stops(self, stop: list[str] | None):
+        """The automaton of the model's end ids and these strings, built once for each set of strings."""
+        key = tuple(stop or ())
+        if key not in self._stops:
+            if key and self.tokenizer is None:
+                raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
+            if key and self._bytes is None:
+                self._bytes = self.tokenizer.token_bytes()
+            self._stops[key] = build_stops(self._bytes or [], list(key), self.eos_ids, self.config.vocab_size)
+        return self._stops[key]
+
+    def _request(self, rows, samples, sampling, max_new_tokens, stop):
+        per_row = [dataclasses.replace(sampling, seed=sampling.seed + i) for _ in range(rows) for i in range(samples)]
+        return generation.Request(
+            samplings=per_row, max_new_tokens=[max_new_tokens] * (rows * samples), stops=self.request_stops(stop)
+        )
+
+    def _visible(self, ids):
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+
+    def _completion(self, made, prompt, planned, times, compile_seconds, stop, logprobs) -> Completion:
+        ids = self._visible(made.token_ids)
+        stats = {
+            "cache_bytes": planned.bytes_per_row,
+            "cache": planned.describe(),
+            "prompt_tokens": len(prompt),
+            "new_tokens": len(made.token_ids),
+            "compile_seconds": compile_seconds,
+            **times,
+        }
+        text = trim(self.decode(ids), stop or [])
+        return Completion(text, ids, made.logprobs[: len(ids)] if logprobs else None, stats)
+
+
+def _at_least(name, value, least):
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+_COMPILED = {"seconds": 0.0, "listening": False}
+
+
+def _compile_seconds() -> float:
+    """Seconds that this process has spent in the compiler, since the first call."""
+    if not _COMPILED["listening"]:
+        _COMPILED["listening"] = True
+
+        def listen(event, seconds, **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                _COMPILED["seconds"] += seconds
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+    return _COMPILED["seconds"]

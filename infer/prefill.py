@@ -1,0 +1,72 @@
+"""From rows of token ids to a state that has read them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv import decoder
+from jaxkv.cache import empty_state, extend
+from jaxkv.cache.budgets import Plan, format_bytes, slot_grid
+from jaxkv.types import State
+
+
+def pad_rows(rows: list[list[int]]) -> tuple[jax.Array, jax.Array]:
+    """Rows of ids, padded on the right to one length from the grid: tokens and valid, [B, T]."""
+    length = slot_grid(max(1, max(map(len, rows))))
+    tokens, valid = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+        valid[index, : len(row)] = True
+    return jnp.asarray(tokens), jnp.asarray(valid)
+
+
+@jax.jit
+def last_hidden(hidden, valid):
+    """Hidden state [B, D] of each row's last valid token."""
+    last = jnp.maximum(valid.sum(axis=1, dtype=jnp.int32) - 1, 0)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def new_state(config, plan: Plan, lengths: list[int]) -> State:
+    """An empty state for the plan. Raises: MemoryError, before anything is allocated, if it cannot fit."""
+    needed, free = plan.bytes_per_row * len(lengths), free_bytes()
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"the cache needs {format_bytes(needed)} for {len(lengths)} sequences, {format_bytes(free)} are free;"
+            " choose a smaller budget, fewer sequences or fewer new tokens"
+        )
+    limits = np.broadcast_to(plan.limits, (*plan.limits.shape[:2], len(lengths)))
+    return empty_state(config, plan.spec, limits=limits, lengths=np.asarray(lengths, np.int32))
+
+
+def read(params, rows: list[list[int]], state: State, *, config, candidates: bool = True, progress=None):
+    """Extends `state` by these rows. Returns: the hidden state [B, D] of each row's last token, and the state."""
+    tokens, valid = pad_rows(rows)
+    stored = valid if candidates else jnp.zeros_like(valid)
+    hidden, state = extend(params, tokens, state, config=config, valid=valid, candidates=stored, progress=progress)
+    return last_hidden(hidden, valid), state
+
+
+def free_bytes() -> int | None:
+    """Free memory of the default device, or None where it cannot be told."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def next_logits(params, hidden, *, config):
+    """Logits [B, V] float32 of hidden [B, D]."""
+    return _logits({"head": params["head"]}, hidden, config=config)
+
+
+def _head(params, hidden, *, config):
+    return decoder.logits(params, hidden, config=config)
+
+
+_logits = jax.jit(_head, static_argnames=("config",))

@@ -1,0 +1,276 @@
+"""Text and token ids: the real tokenizer against ids from transformers, and small ones built here."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from jaxkv.checkpoints import CheckpointError, load_tokenizer, named
+from jaxkv.checkpoints import Tokenizer as Wrapped
+from jaxkv.checkpoints.gguf import generation_of
+from jaxkv.checkpoints.gguf_file import read_gguf
+from jaxkv.checkpoints.gguf_tokenizer import _byte_level_bpe, tokenizer_of
+from jaxkv.checkpoints.tokenizer import byte_alphabet
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = ["Hello, world!", " a  b\n\nc", "it's 12345 don't", "naïve 你好 😀", "x<|im_end|>y", ""]
+
+
+@pytest.fixture(scope="module")
+def real(smollm2):
+    file = read_gguf(named.find_named("smollm2"))
+    return tokenizer_of(file, generation_of(file))
+
+
+def small(**settings) -> Wrapped:
+    """A byte-level tokenizer trained on TEXTS, with two special tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return Wrapped(backend, eos_ids=(1,), bos_id=0, **settings)
+
+
+def test_ids_of_transformers(real):
+    golden = np.load(GOLDENS / "smollm2.npz")
+    table = real.token_bytes()
+    count = sum(name.startswith("tokenizer_text_") for name in golden.files)
+    assert count == 12
+    for index in range(count):
+        data = golden[f"tokenizer_text_{index}"].tobytes()
+        ids = golden[f"tokenizer_ids_{index}"].tolist()
+        assert real.encode(data.decode()) == ids
+        assert real.decode(ids, skip_special=False).encode() == data
+        assert b"".join(table[token] for token in ids) == data
+    for index in range(3):
+        text = golden[f"prompt_text_{index}"].tobytes().decode()
+        assert real.encode(text) == golden[f"prompt_{index}"].tolist()
+
+
+def test_the_real_tokenizer(real):
+    assert (real.vocab_size, real.bos_id, real.eos_ids, real.add_bos) == (49152, 1, (2,), False)
+    assert real.special_ids == frozenset(range(17))
+    table = real.token_bytes()
+    assert len(table) == 49152 and all(table) and table[2] == b"<|im_end|>" and table[216] == b" "
+    assert real.decode([1, 33, 2]) == "1" and real.decode([1, 33, 2], skip_special=False) == "<|im_start|>1<|im_end|>"
+    pieces = real.chat_pieces()
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert pieces.before_user == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    assert pieces.after_user == "<|im_end|>\n<|im_start|>assistant\n"
+    assert pieces.after_answer == "<|im_end|>\n<|im_start|>user\n"
+    assert real.chat_pieces(system="Be brief.").before_user == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    )
+
+
+def test_saved_and_read_again(real, tmp_path):
+    real.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.token_bytes() == real.token_bytes()
+    for attribute in ("vocab_size", "bos_id", "eos_ids", "add_bos", "special_ids", "chat_template"):
+        assert getattr(again, attribute) == getattr(real, attribute)
+    for text in TEXTS:
+        assert again.encode(text) == real.encode(text)
+
+
+def test_bos_only_if_asked():
+    tokenizer = small(add_bos=True)
+    plain = tokenizer.encode("Hello")
+    assert tokenizer.encode("Hello", add_bos=True) == [0, *plain] and plain[0] != 0
+    assert tokenizer.encode("") == [] and tokenizer.encode("", add_bos=True) == [0]
+    without = Wrapped(tokenizer.backend)
+    with pytest.raises(ValueError, match="no bos token"):
+        without.encode("Hello", add_bos=True)
+    with pytest.raises(CheckpointError, match="no bos token is named"):
+        Wrapped(tokenizer.backend, add_bos=True)
+    with pytest.raises(CheckpointError, match="eos id 999 is outside the vocabulary of 300 tokens"):
+        Wrapped(tokenizer.backend, eos_ids=[999])
+
+
+def test_decode_of_odd_ids():
+    tokenizer = small()
+    with pytest.raises(ValueError, match="-1 is negative; ids are 0 to 299"):
+        tokenizer.decode([3, -1])
+    assert tokenizer.decode([5000]) == "" and tokenizer.decode([]) == ""
+    byte = tokenizer.encode("é")[:1]
+    assert tokenizer.decode(byte) in ("é", "\ufffd")
+
+
+def test_bytes_of_tokens():
+    tokenizer = small()
+    table = tokenizer.token_bytes()
+    for text in TEXTS:
+        assert b"".join(table[token] for token in tokenizer.encode(text)) == text.encode()
+    assert sorted(byte_alphabet().values()) == list(range(256))
+    assert set(byte_alphabet()) == set(pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_bytes_of_sentencepiece_like_tokens():
+    vocab = {"<unk>": 0, "<0x0A>": 1, "<0xE4>": 2, "\u2581the": 3, "\u2581": 4, "cat": 7}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["</s>"])
+    table = Wrapped(backend).token_bytes()
+    assert table[1:5] == [b"\n", b"\xe4", b" the", b" "] and table[7] == b"cat" and table[6] == b"</s>"
+    assert table[5] == b""  # no token has this id
+    backend.decoder = decoders.WordPiece()
+    with pytest.raises(CheckpointError, match="WordPiece.*accepted: ByteLevel"):
+        Wrapped(backend).token_bytes()
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("smollm", "a 12's", ["a", "Ġ", "1", "2", "'s"]),
+        ("gpt-2", "a 12's", ["a", "Ġ12", "'s"]),
+        ("llama-bpe", "a 12345'S\n\n b", ["a", "Ġ", "123", "45", "'S", "ĊĊ", "Ġb"]),
+        ("qwen2", "a 12\n b", ["a", "Ġ", "1", "2", "Ċ", "Ġb"]),
+    ],
+)
+def test_cuts_before_merging(pre, text, pieces):
+    """By hand, from the published regular expressions."""
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = _byte_level_bpe(tokens, [], [1] * len(tokens), pre)
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
+    assert backend.decode(backend.encode(text).ids) == text
+    composed = backend.decode(backend.encode("e\u0301").ids)
+    assert composed == ("é" if pre == "qwen2" else "e\u0301")
+
+
+# Files
+
+
+def written(folder: pathlib.Path, **settings) -> pathlib.Path:
+    small().backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_tokenizer_config(tmp_path):
+    folder = written(
+        tmp_path,
+        eos_token={"content": "<|im_end|>", "special": True},
+        bos_token="<|im_start|>",
+        add_bos_token=True,
+        chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": CHATML}],
+    )
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.add_bos) == ((1,), 0, True)
+    assert tokenizer.chat_template == CHATML
+    (folder / "chat_template.jinja").write_text("own file")
+    assert load_tokenizer(folder).chat_template == "own file"
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.add_bos) == ((), None, False)
+
+
+def test_bos_of_the_post_processor(tmp_path):
+    """Llama 3 says nothing in tokenizer_config.json; its post-processor adds the token."""
+    folder = written(tmp_path, bos_token="<|im_start|>")
+    assert not load_tokenizer(folder).add_bos
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)]
+    )
+    backend.enable_truncation(4)
+    backend.enable_padding(length=32)
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.add_bos and tokenizer.encode("Hello")[0] != 0
+    assert 4 < len(tokenizer.encode("abc " * 6)) < 32  # neither cut nor padded
+
+
+def test_bad_tokenizer_files(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model and no tokenizer\.json.*save_pretrained"):
+        load_tokenizer(tmp_path)
+    for text in ("{", "{}", '{"version": "1.0", "model": {"type": "Nope"}}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+            load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"eos_token '</s>' is not a token"):
+        load_tokenizer(written(tmp_path, eos_token="</s>"))
+    with pytest.raises(CheckpointError, match=r"chat_template must be a string or.*'default'; it has rag"):
+        load_tokenizer(written(tmp_path, chat_template=[{"name": "rag", "template": "t"}]))
+
+
+# Chat templates
+
+
+def test_template_language():
+    template = (
+        "{% for m in messages %}\n    {% if m.role == 'skip' %}{% continue %}{% endif %}\n"
+        "{{ m.content }}{% generation %}|{% endgeneration %}\n{% endfor %}{{ bos_token }}{{ eos_token }}"
+        "{{ {'a': '<é>'} | tojson }}{{ tools is none }}{{ strftime_now('%Y') | length }}{{ thinking }}"
+    )
+    tokenizer = small(chat_template=template)
+    messages = [{"role": "skip", "content": "no"}, {"role": "user", "content": "yes"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False, thinking="t")
+    assert text == 'yes|<|im_start|><|im_end|>{"a": "<é>"}True4t'
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template.*plain text"),
+        ("{% if %}", "not valid: line 1"),
+        ("{{ raise_exception('roles must alternate') }}", r"\[user\]: roles must alternate"),
+        ("{{ messages[3].content }}", "refuses messages of roles"),
+        ("{{ ''.__class__.__mro__ }}", "refuses messages of roles.*unsafe"),
+        ("{{ messages.append(1) }}", "refuses messages of roles.*unsafe"),
+    ],
+)
+def test_bad_templates(template, message):
+    with pytest.raises(CheckpointError, match=message):
+        small(chat_template=template).apply_chat_template(
+            [{"role": "user", "content": "q"}], add_generation_prompt=True
+        )
+
+
+def test_pieces():
+    pieces = small(chat_template=CHATML).chat_pieces(system="S")
+    assert pieces.before_user == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n"
+    mistral = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    pieces = small(chat_template=mistral).chat_pieces()
+    assert (pieces.before_user, pieces.after_user) == ("<|im_start|>[INST] ", " [/INST]")
+    assert pieces.after_answer == "<|im_end|>[INST] "
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[-1].content }}", "writes a turn's content 0 times"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "writes a turn's content 2 times"),
+        ("{% for m in messages %}{{ m.content }}{{ messages | length }}{% endfor %}", "'1' before a new.*'3' before"),
+        (
+            "{% for m in messages %}{{ m.content }}|{% if messages | length > 3 %}{{ loop.index }}{% endif %}"
+            "{% endfor %}",
+            "changes earlier turns",
+        ),
+    ],
+)
+def test_templates_without_pieces(template, message):
+    with pytest.raises(CheckpointError, match=message):
+        small(chat_template=template).chat_pieces()
+
+
+def test_special_tokens_are_not_normalized():
+    backend = small().backend
+    backend.add_special_tokens([AddedToken("<|x|>", normalized=False)])
+    tokenizer = Wrapped(backend)
+    assert tokenizer.encode("<|x|>") == [300] and 300 in tokenizer.special_ids and tokenizer.vocab_size == 301
