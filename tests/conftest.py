@@ -2,10 +2,14 @@
 
 import os
 
+import jax
 import pytest
 
 from jaxkv.checkpoints import CheckpointError
 from jaxkv.checkpoints.named import find_named
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")

@@ -314,6 +314,7 @@ def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, st
     for index, (prompt, group, length) in enumerate(zip(prompts, questions, lengths, strict=True)):
         state = empty_state(lm.config, full.spec, limits=full.limits[:, :, index : index + 1], lengths=[length])
         _, state = _extend_padded(lm, prompt, slot_grid(len(prompt)), state)
+        jax.block_until_ready(state)
         steps(f"context {index + 1} of {len(prompts)} read")
         shrink = lambda state, k, index=index: compress(
             state, cases[k].policy, slots=plans[k].slots, limits=plans[k].limits[:, 0, index : index + 1]

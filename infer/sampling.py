@@ -1,0 +1,115 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty, with a seed per row."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NEGATIVE = -1e30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose tokens. The defaults are greedy.
+
+    temperature: 0 = greedy. top_k: keep the k most likely, 0 = off. top_p: keep the smallest set with at least this
+    probability (nucleus, arXiv 1904.09751). min_p: drop tokens below this share of the most likely one. They apply in
+    this order, after the repetition penalty (CTRL, arXiv 1909.05858) and the temperature.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, good, accepted in (
+            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number >= 0"),
+            ("top_k", self.top_k >= 0, "an int >= 0 (0 = off)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {accepted}, got {getattr(self, name)}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingArrays:
+    """`Sampling` of each row: temperature, top_p, min_p, repetition_penalty [B] float32; top_k [B] int32;
+    key [B, 2] uint32, from the row's seed alone."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    key: jax.Array
+
+
+def make_sampling(samplings: list[Sampling]) -> SamplingArrays:
+    """One `Sampling` per row, as arrays."""
+    column = lambda name, dtype: jnp.asarray(np.array([getattr(s, name) for s in samplings], dtype))
+    keys = [jax.random.key_data(jax.random.key(s.seed, impl="threefry2x32")) for s in samplings]
+    return SamplingArrays(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32),
+        top_p=column("top_p", np.float32),
+        min_p=column("min_p", np.float32),
+        repetition_penalty=column("repetition_penalty", np.float32),
+        key=jnp.stack(keys),
+    )
+
+
+def sample(logits, arrays: SamplingArrays, step, seen, *, greedy: bool):
+    """The next token of each row.
+
+    Args: logits [B, V] float32; step [B] int32, how many tokens the row has made; seen [B, V] bool or None, for the
+      repetition penalty; greedy: static, all rows are greedy and unpenalised, so nothing else is compiled.
+    Returns: token [B] int32 (ties: the lowest id), and its log probability [B] under the model's own distribution.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    norm = top[:, 0] + jnp.log(jnp.exp(logits - top).sum(axis=-1))
+    if greedy:
+        token = first_argmax(logits)
+    else:
+        penalised = logits
+        if seen is not None:
+            penalty = arrays.repetition_penalty[:, None]
+            penalised = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+        warm = penalised / jnp.where(arrays.temperature > 0, arrays.temperature, 1.0)[:, None]
+        noise = jax.vmap(lambda key, n: _gumbel(key, n, logits.shape[1]))(arrays.key, step)
+        drawn = first_argmax(jnp.where(_allowed(warm, arrays), warm + noise, NEGATIVE))
+        token = jnp.where(arrays.temperature > 0, drawn, first_argmax(penalised))
+    return token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - norm
+
+
+def first_argmax(x):
+    """argmax of the last axis, the lowest index among equals; a max and a min, which XLA:CPU vectorizes."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1] - 1).min(axis=-1)
+
+
+def _gumbel(key, step, size):
+    key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return jax.random.gumbel(jax.random.fold_in(key, step), (size,), jnp.float32)
+
+
+def _allowed(logits, arrays):
+    """Tokens that top-k, then top-p, then min-p leave, [B, V] bool; the most likely always stays."""
+    rank = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    top_k = jnp.where(arrays.top_k > 0, arrays.top_k, logits.shape[1])[:, None]
+    keep = rank < top_k
+    p = jax.nn.softmax(jnp.where(keep, ranked, NEGATIVE), axis=-1)
+    keep &= jnp.cumsum(p, axis=-1) - p < arrays.top_p[:, None]
+    p = jax.nn.softmax(jnp.where(keep, ranked, NEGATIVE), axis=-1)
+    keep &= p >= arrays.min_p[:, None] * p[:, :1]
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros_like(keep).at[rows, order].set(keep | (rank == 0))

@@ -1,0 +1,1 @@
+"""Training: recipes, the step and the loop. Nothing is here yet; `infer` runs published checkpoints."""
