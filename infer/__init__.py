@@ -1,8 +1,8 @@
 """Inference with jaxkv: load a model, generate, stream, hold sessions and evaluate under a cache budget.
 
-    import infer
-    lm = infer.load("smollm2")
-    print(lm.generate(["Once upon a time"], cache="scissorhands", budget="20%")[0].text)
+import infer
+lm = infer.load("smollm2")
+print(lm.generate(["Once upon a time"], cache="scissorhands", budget="20%")[0].text)
 """
 
 from infer.model import Completion, LanguageModel, load

@@ -50,7 +50,9 @@ def _parser():
     sub = command("generate", _generate, "complete a prompt, or a file of prompts")
     sub.add_argument("prompt", nargs="?", help="the prompt; '-' or nothing = standard input")
     sub.add_argument("--file", help="read the prompt from this file")
-    sub.add_argument("--jsonl", help='file of lines {"prompt": ...}, one result line each; a bad line spoils only itself')
+    sub.add_argument(
+        "--jsonl", help='file of lines {"prompt": ...}, one result line each; a bad line spoils only itself'
+    )
     sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     sub.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     sub.add_argument("--samples", type=int, default=1, help="completions per prompt")
@@ -280,7 +282,9 @@ def _chat(arguments) -> int:
         if not question.strip():
             continue
         try:
-            for piece in session.stream(question, max_new_tokens=arguments.max_new_tokens, sampling=_sampling(arguments)):
+            for piece in session.stream(
+                question, max_new_tokens=arguments.max_new_tokens, sampling=_sampling(arguments)
+            ):
                 if isinstance(piece, str):
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
@@ -322,9 +326,7 @@ def _info(arguments) -> int:
     from jaxkv.policies import POLICIES
     from pallas_kernels import decode_attention, extend_attention
 
-    config = read_config(
-        arguments.model, revision=arguments.revision, token=arguments.token, offline=arguments.offline
-    )
+    config = read_config(arguments.model, revision=arguments.revision, token=arguments.token, offline=arguments.offline)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
     costs = {

@@ -1,6 +1,6 @@
 """The main job end to end: a real model reads a long text and answers from a fraction of its cache.
 
-    python -m infer.demo [--text FILE] [--budget 25%] [--context 1500] [--picture jaxkv-demo.png]
+python -m infer.demo [--text FILE] [--budget 25%] [--context 1000] [--picture jaxkv-demo.png]
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", help="a UTF-8 text file; default: the Python language reference")
     parser.add_argument("--budget", default="25%")
-    parser.add_argument("--context", type=int, default=1500, help="tokens of text in front of each question")
+    parser.add_argument("--context", type=int, default=1000, help="tokens of text in front of each question")
     parser.add_argument("--questions", type=int, default=21)
     parser.add_argument("--picture", default="jaxkv-demo.png")
     arguments = parser.parse_args()
@@ -40,7 +40,7 @@ def main() -> int:
     print(f"   {prompt}{out.text!s}\n   [{out.stats['cache']}]\n", flush=True)
     print("2. One worked example: a fact hidden in a long text, asked for after the cache was cut.\n", flush=True)
     sample = make_samples(
-        ["passkey"], filler=text, tokenizer=lm.tokenizer, context_tokens=arguments.context, samples=1, seed=7
+        ["magic"], filler=text, tokenizer=lm.tokenizer, context_tokens=arguments.context, samples=1, seed=7
     )[0]
     _worked_example(lm, sample, arguments.budget)
     print(
@@ -75,7 +75,9 @@ def _worked_example(lm, sample, budget):
         _, state = read(lm.params, [context], state, config=lm.config)
         hidden, state = read(lm.params, [asked], state, config=lm.config)
         request = generation.Request(
-            samplings=[Sampling()], max_new_tokens=[len(lm.tokenizer.encode(question.answer))], stops=lm.request_stops(None)
+            samplings=[Sampling()],
+            max_new_tokens=[len(lm.tokenizer.encode(question.answer))],
+            stops=lm.request_stops(None),
         )
         pieces = generation.run(lm.params, hidden, state, request, config=lm.config, prompts=[asked])
         made, _, _ = generation.collect(pieces, time.perf_counter())

@@ -120,7 +120,7 @@ def collect(pieces: Iterator[tuple], started: float) -> tuple[list[Generated], S
     """Runs to the end. Returns: per row what was generated, the final state, and times in seconds."""
     rows, loop, first, count = None, None, 0.0, 0
     try:
-        for tokens, logprobs, loop in pieces:
+        for tokens, logprobs, loop in pieces:  # noqa: B007 the last one is used
             now = time.perf_counter()
             if rows is None:
                 rows, first = [Generated([], []) for _ in tokens], now

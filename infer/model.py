@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer import generate as generation
-from infer.prefill import new_state, pad_rows, read
+from infer.prefill import new_state, read
 from infer.sampling import Sampling
 from infer.stops import build_stops, trim
 from jaxkv import decoder

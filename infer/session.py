@@ -80,7 +80,7 @@ class Session:
         hidden, state = self._read(ids, state)
         request = lm._request(1, 1, sampling or Sampling(), max_new_tokens, stop)
         made, loop, shown = [], None, 0
-        for tokens, _, loop in generation.run(lm.params, hidden, state, request, config=lm.config, prompts=[ids]):
+        for tokens, _, loop in generation.run(lm.params, hidden, state, request, config=lm.config, prompts=[ids]):  # noqa: B007 the last one is used
             made += tokens[0]
             text = trim(lm.decode(lm._visible(made)), stop or [])
             ready = text.rstrip("\ufffd")

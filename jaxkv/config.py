@@ -57,7 +57,9 @@ class RopeConfig:
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
             if factors is not None and len(factors) != self.rotary_dim // 2:
-                raise ValueError(f"RoPE {name} has {len(factors)} numbers; rotary_dim/2 = {self.rotary_dim // 2} needed")
+                raise ValueError(
+                    f"RoPE {name} has {len(factors)} numbers; rotary_dim/2 = {self.rotary_dim // 2} needed"
+                )
 
     @property
     def depends_on_length(self) -> bool:

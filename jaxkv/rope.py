@@ -77,7 +77,9 @@ def _yarn(rope, base):
 
 def _longrope(rope, base, length):
     is_long = (length > rope.original_max_positions)[:, None]
-    stretch = jnp.where(is_long, jnp.asarray(rope.long_factor, jnp.float32), jnp.asarray(rope.short_factor, jnp.float32))
+    stretch = jnp.where(
+        is_long, jnp.asarray(rope.long_factor, jnp.float32), jnp.asarray(rope.short_factor, jnp.float32)
+    )
     scale = rope.attention_factor
     if scale is None:
         scale = 1.0

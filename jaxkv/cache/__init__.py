@@ -1,8 +1,8 @@
 """The budgeted key/value cache: pure functions on a state.
 
-    state = empty_state(config, plan.spec, limits=plan.limits, lengths=lengths)
-    hidden, state = extend(params, tokens, state, config=config, valid=valid)     # prompt, or any number of tokens
-    hidden, state = decode(params, token, state, config=config, valid=running)    # one token, inside a jitted loop
+state = empty_state(config, plan.spec, limits=plan.limits, lengths=lengths)
+hidden, state = extend(params, tokens, state, config=config, valid=valid)     # prompt, or any number of tokens
+hidden, state = decode(params, token, state, config=config, valid=running)    # one token, inside a jitted loop
 """
 
 from jaxkv.cache.compress import compress

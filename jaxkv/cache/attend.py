@@ -102,7 +102,9 @@ def attend_extend(
     return heads, _store(layer, keys, values, statistics if watch else None, context, config=config, kind=kind)
 
 
-def attend_decode(queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig):
+def attend_decode(
+    queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig
+):
     """`attend_extend` for T = 1 on the fast path: the same arguments, the same results to rounding."""
     batch, _, _, size = keys.shape
     grouped = [q.reshape(batch, config.num_kv_heads, -1, size) for q in queries]  # [B, P, G, H]

@@ -71,7 +71,9 @@ def parse_budget(budget: int | float | str | None) -> Budget:
 
     Raises: ValueError for any other spelling, for zero and for negative amounts.
     """
-    accepted = "an int is tokens per kv head and layer, '64MiB' is bytes per sequence, '20%' is a share of the full cache"
+    accepted = (
+        "an int is tokens per kv head and layer, '64MiB' is bytes per sequence, '20%' is a share of the full cache"
+    )
     if budget is None:
         return Budget("share", 1.0, "100%")
     text = str(budget).strip()
@@ -135,7 +137,9 @@ def plan(config: DecoderConfig, policy: Policy, budget, *, lengths: list[int], d
             " evicting policy"
         )
     spec, size, limits = build(wanted)
-    kept = sum(min(w, n if c.window is None else min(n, c.window)) for w, n in [(max(wanted), longest)] for c in config.layers)
+    kept = sum(
+        min(w, n if c.window is None else min(n, c.window)) for w, n in [(max(wanted), longest)] for c in config.layers
+    )
     full = sum(longest if c.window is None else min(longest, c.window) for c in config.layers)
     return Plan(
         spec=spec, limits=limits, slots=[s.tiers[0].slots for s in spec], bytes_per_row=size,

@@ -34,8 +34,12 @@ def compress(state: State, policy: Policy, *, slots: list[int], limits) -> State
             )
         layers.append(
             _compress_layer(
-                layer, state.next_position, jnp.asarray(limits[index], jnp.int32), jnp.asarray(index, jnp.int32),
-                policy=policy, slots=int(slots[index]),
+                layer,
+                state.next_position,
+                jnp.asarray(limits[index], jnp.int32),
+                jnp.asarray(index, jnp.int32),
+                policy=policy,
+                slots=int(slots[index]),
             )  # fmt: skip
         )
     copy = lambda tree: jax.tree.map(jnp.copy, tree)  # an extend donates its state; the source must survive it

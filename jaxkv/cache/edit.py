@@ -28,9 +28,7 @@ def drop(state: State, *, start: Array, stop: Array) -> State:
         dataclasses.replace(layer, tiers=tuple(map(forget, layer.tiers, state.offsets))) for layer in state.layers
     )
     shorter = (stop >= state.next_position) & (start < state.next_position)
-    return dataclasses.replace(
-        state, layers=layers, next_position=jnp.where(shorter, start, state.next_position)
-    )
+    return dataclasses.replace(state, layers=layers, next_position=jnp.where(shorter, start, state.next_position))
 
 
 def concat(first: State, second: State, *, config: DecoderConfig) -> State:
@@ -45,7 +43,11 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
         ("layers", len(first.layers), len(second.layers)),
         ("policies", [x.policy for x in first.layers], [x.policy for x in second.layers]),
         ("tiers", [len(x.tiers) for x in first.layers], [1] * len(second.layers)),
-        ("schemes", [t.scheme for x in first.layers for t in x.tiers], [t.scheme for x in second.layers for t in x.tiers]),
+        (
+            "schemes",
+            [t.scheme for x in first.layers for t in x.tiers],
+            [t.scheme for x in second.layers for t in x.tiers],
+        ),
     ):
         if a != b:
             raise ValueError(f"concat of states with different {name}: {a} and {b}")

@@ -62,8 +62,9 @@ def extend(
             raise ValueError(f"{name} must be [B, T] = {(batch, length)}, got {array.shape}")
     _refuse_overflow(state, valid & candidates, config)
     outer = {name: params[name] for name in ("embedder", "head") if name in params}
-    x, context = _begin(outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments,
-                        config=config)
+    x, context = _begin(
+        outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments, config=config
+    )
     fresh = _is_fresh(state)
     layers = []
     for index, layer in enumerate(state.layers):
@@ -102,9 +103,7 @@ def decode(params, token: Array, state: State, *, config: DecoderConfig, valid: 
             )  # fmt: skip
         layers.append(layer)
     hidden = decoder.final_norm(params, x, config=config)[:, 0]
-    state = State(
-        layers=tuple(layers), offsets=state.offsets, rotary=state.rotary, next_position=context.newest + 1
-    )
+    state = State(layers=tuple(layers), offsets=state.offsets, rotary=state.rotary, next_position=context.newest + 1)
     return hidden, state
 
 
@@ -133,7 +132,9 @@ def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, se
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind", "causal", "fresh"), donate_argnames=("x", "layer"))
-def _layer(params, x: Array, layer: LayerState, context: Context, *, config, kind, causal, fresh) -> tuple[Array, LayerState]:
+def _layer(
+    params, x: Array, layer: LayerState, context: Context, *, config, kind, causal, fresh
+) -> tuple[Array, LayerState]:
     attend = functools.partial(
         attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal, fresh=fresh
     )

@@ -1,10 +1,10 @@
 """The one write path: entries compete with the live slots of a tier for its `limit` places.
 
-    candidates   live slots  a b c d          entries  x y z           limit 5
-    scores                   3 9 1 4                   7 2 8
-    kept                     a b   d                   x   z           survivors keep their slots
-    tier after               a b x d z                                 newcomers take free or freed slots
-    displaced                c y                                       and go to the next tier, or nowhere
+candidates   live slots  a b c d          entries  x y z           limit 5
+scores                   3 9 1 4                   7 2 8
+kept                     a b   d                   x   z           survivors keep their slots
+tier after               a b x d z                                 newcomers take free or freed slots
+displaced                c y                                       and go to the next tier, or nowhere
 """
 
 import jax
@@ -15,9 +15,7 @@ from jaxkv.quantization import get_scheme
 from jaxkv.types import Array, Encoded, Entries, Tier
 
 
-def insert(
-    tier: Tier, entries: Entries, *, scores: tuple[Array, Array], displace: bool
-) -> tuple[Tier, Entries | None]:
+def insert(tier: Tier, entries: Entries, *, scores: tuple[Array, Array], displace: bool) -> tuple[Tier, Entries | None]:
     """Keeps the best `limit` of the live slots and the valid entries; survivors are neither moved nor encoded again.
 
     Args:

@@ -24,7 +24,9 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     limits, lengths = np.asarray(limits), jnp.asarray(lengths, jnp.int32)
     tiers = {len(layer.tiers) for layer in spec}
     if len(spec) != config.num_layers or len(tiers) != 1:
-        raise ValueError(f"{config.num_layers} layer specs with equally many tiers needed, got {len(spec)} with {tiers}")
+        raise ValueError(
+            f"{config.num_layers} layer specs with equally many tiers needed, got {len(spec)} with {tiers}"
+        )
     batch = lengths.shape[0]
     if limits.shape != (len(spec), *tiers, batch):
         raise ValueError(f"limits must be [L, tiers, B] = {(len(spec), *tiers, batch)}, got {limits.shape}")

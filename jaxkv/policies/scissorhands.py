@@ -41,7 +41,9 @@ class Scissorhands(Policy):
     def __post_init__(self):
         super().__post_init__()
         if self.window < BUCKETS or self.window % BUCKETS or self.window // BUCKETS > 255:
-            raise ValueError(f"window must be a multiple of {BUCKETS} from {BUCKETS} to {255 * BUCKETS}, got {self.window}")
+            raise ValueError(
+                f"window must be a multiple of {BUCKETS} from {BUCKETS} to {255 * BUCKETS}, got {self.window}"
+            )
 
     @property
     def _bucket(self) -> int:
@@ -61,7 +63,9 @@ class Scissorhands(Policy):
     def row_statistic(self, p, visible, rows, row):
         room = self._bucket - self._filled_after(row["filled"], rows.count)
         age = (rows.remaining + room[:, None]) // self._bucket  # in buckets, [B, t]
-        bucket = (age[..., None] == jnp.arange(BUCKETS, dtype=jnp.int32)[None, None]).astype(jnp.float32)  # [B, t, buckets]
+        bucket = (age[..., None] == jnp.arange(BUCKETS, dtype=jnp.int32)[None, None]).astype(
+            jnp.float32
+        )  # [B, t, buckets]
         low = low_attention(p, visible, rows).astype(jnp.float32)
         counts = jnp.einsum("bpts,btk->kbps", low, bucket).astype(jnp.uint32)  # a dot: exact, below 2**24
         return {"low": sum(counts[k] << (8 * k) for k in range(BUCKETS))}
@@ -124,7 +128,9 @@ class ScissorhandsReference(Policy):
     def absorb(self, slots, statistic, row, count):
         back = jnp.arange(self.window, dtype=jnp.int32)[None, :]
         fresh = jnp.where(
-            (back < count[:, None])[..., None], self._bits(row["step"][:, None] + count[:, None] - 1 - back), jnp.uint8(0)
+            (back < count[:, None])[..., None],
+            self._bits(row["step"][:, None] + count[:, None] - 1 - back),
+            jnp.uint8(0),
         ).sum(axis=1, dtype=jnp.uint8)
         return {"low": (slots["low"] & ~expand_to_slots(fresh)) | statistic["low"]}
 

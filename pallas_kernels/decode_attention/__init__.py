@@ -1,6 +1,6 @@
 """One query per head against several sources of keys and values: the tiers of a cache, and the token itself.
 
-    out = sum over sources s of  p_s V_s,     p = softmax over the live slots of all sources of  scale * q_s K_s
+out = sum over sources s of  p_s V_s,     p = softmax over the live slots of all sources of  scale * q_s K_s
 """
 
 from pallas_kernels.decode_attention import xla

@@ -18,10 +18,11 @@ import tempfile
 
 import numpy as np
 import torch
-from golden_cases import CASES, EOS, LENGTH, TINY, Case
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
+
+from golden_cases import CASES, EOS, LENGTH, TINY, Case
 
 BATCH, NEW_TOKENS = 2, 24
 MATTERS = 1e-3  # smallest change of some logit that counts as an influence

@@ -1,0 +1,47 @@
+"""The documents stay true: the worked example runs, the README's table is the code's."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from jaxkv.cache import empty_state, extend, forward
+from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
+from jaxkv.decoder import init_params
+from jaxkv.policies import POLICIES
+from jaxkv.types import LayerSpec, TierSpec
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_the_worked_example_of_contributing_runs():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    space = {"__name__": "example"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), space)  # noqa: S102
+    policy = space["Peak"](recent=2)
+    rope = RopeConfig(kind="default", theta=10000.0, rotary_dim=8)
+    config = DecoderConfig(
+        model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=8,
+        layers=(LayerConfig(window=None, rope=rope),) * 2, max_positions=64, norm_eps=1e-5, norm_offset=0.0,
+        activation="silu", query_scale=8**-0.5, embedding_scale=1.0, tie_embeddings=True,
+    )  # fmt: skip
+    params = init_params(config, jax.random.key(0))
+    spec = (LayerSpec(policy=policy, tiers=(TierSpec(slots=6, scheme=("f32", "f32")),)),) * 2
+    state = empty_state(config, spec, limits=np.full((2, 1, 1), 6), lengths=[20])
+    tokens = jax.random.randint(jax.random.key(1), (1, 20), 0, 32)
+    hidden, state = extend(params, tokens, state, config=config)
+    np.testing.assert_allclose(hidden, forward(params, tokens, config=config), atol=1e-5)
+    for layer in state.layers:
+        positions, peaks = np.asarray(layer.tiers[0].positions)[0], np.asarray(layer.tiers[0].slots["sum"])[0]
+        for kept, peak in zip(positions, peaks, strict=True):
+            assert {18, 19} <= set(kept.tolist()) and (kept >= 0).all()
+            assert peak[kept < 18].min() > 0
+
+
+def test_readme_lists_the_policies_of_the_code():
+    block = (ROOT / "README.md").read_text().split("<!-- policies -->")[1].strip().splitlines()
+    lines = ["| `cache=` | keeps | source |", "|---|---|---|"]
+    for policy in POLICIES.values():
+        lines.append(f"| `{policy.name}` | {policy.summary.removeprefix('keeps ')} | {policy.source} |")
+    assert block == lines
