@@ -155,7 +155,7 @@ def _take(params, hidden, loop: Loop, arrays: SamplingArrays, stops, limit, *, c
     token = jnp.where(loop.running, token, loop.token)
     stop, stopped = step(stops, loop.stop, token)
     rows = jnp.arange(token.shape[0])
-    made = loop.made + loop.running
+    made = loop.made + loop.running.astype(jnp.int32)
     return Loop(
         state=loop.state,
         token=token,

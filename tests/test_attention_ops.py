@@ -1,0 +1,261 @@
+"""Both attention operations against their references, and the references against cases worked by hand."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tolerances
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import reference as decode_reference
+from pallas_kernels.extend_attention import extend_attention
+from pallas_kernels.extend_attention import reference as extend_reference
+
+
+def test_decode_reference_by_hand():
+    # logits ln 1, ln 3 and a dead slot: shares 1/4 and 3/4
+    q = np.array([[[[1.0, 0.0]]]])
+    k = np.array([[[[0.0, 2 * math.log(3), np.nan], [5.0, -7.0, np.nan]]]])  # [B, P, H, S]
+    v = np.array([[[[4.0, 0.0], [0.0, 4.0], [1e30, 1e30]]]])
+    live = np.array([[[True, True, False]]])
+    out, (p,) = decode_reference.decode_attention(((q, k, v, live),), scale=0.5, softcap=None)
+    np.testing.assert_allclose(p[0, 0, 0], [0.25, 0.75, 0.0])
+    np.testing.assert_allclose(out[0, 0, 0], [1.0, 3.0])
+    # a cap of 1 turns the logit ln 3 into tanh(ln 3) = (9 - 1) / (9 + 1)
+    _, (p,) = decode_reference.decode_attention(((q, k, v, live),), scale=0.5, softcap=1.0)
+    assert p[0, 0, 0, 1] == pytest.approx(1 / (1 + math.exp(-0.8)))
+    out, (p,) = decode_reference.decode_attention(((q, k, v, live & False),), scale=0.5, softcap=None)
+    assert not out.any() and not p.any()
+
+
+def test_extend_reference_by_hand():
+    """All logits are 0, so every row is the uniform mean of what it sees: the mask, written out."""
+    zeros, arange = np.zeros((1, 1, 1, 5, 1)), np.arange(5)
+    tier = (zeros, np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 2, 1)), np.array([[[7, 8]]]), np.array([[[True, True]]]))
+    call = lambda **options: extend_reference.extend_attention(
+        zeros, zeros[:, :, 0], 10.0 ** arange.reshape(1, 1, 5, 1), (tier,),
+        **{"positions": arange[None] + 9, "valid": np.array([[1, 1, 1, 0, 1]]) > 0, "segments": None, "causal": True,
+           "window": None, "scale": 1.0, "softcap": None} | options,
+    )  # fmt: skip
+    out, _, visible = call(window=3)
+    assert visible[0][0, 0].astype(int).tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [0, 0]]
+    assert visible[1][0, 0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 0, 1],
+    ]  # fmt: skip
+    np.testing.assert_allclose(out[0, 0, 0, :, 0], [1 / 3, 11 / 3, 37, 55, 5050])
+    _, _, visible = call(segments=np.array([[0, 1, 1, 0, -1]]), causal=False)
+    assert visible[1][0, 0].astype(int).tolist() == [
+        [1, 0, 0, 0, 1], [0, 1, 1, 0, 1], [0, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1],
+    ]  # fmt: skip
+
+
+def make_source(rng, batch, rows, group, size, slots, live):
+    """Queries, keys, values and live slots of one tier; dead slots hold what must not be read."""
+    q = rng.standard_normal((batch, rows, group, size)).astype(np.float32)
+    k = rng.standard_normal((batch, rows, size, slots)).astype(np.float32)
+    v = rng.standard_normal((batch, rows, slots, size)).astype(np.float32)
+    live = np.zeros((batch, rows, slots), bool) if live is None else rng.random((batch, rows, slots)) < live
+    k = np.where(live[:, :, None], k, np.nan)
+    v = np.where(live[..., None], v, np.float32(1e30))
+    return q, k, v, live
+
+
+DECODE = {  # (B, P, G, H, [(slots, share of live ones)])
+    "one": (1, 1, 1, 4, [(1, 1.0)]),
+    "group": (2, 2, 3, 8, [(9, 0.7)]),
+    "two tiers": (2, 2, 1, 8, [(7, 0.6), (12, 0.4), (1, 1.0)]),
+    "an empty tier": (1, 2, 3, 8, [(5, None), (4, 1.0)]),
+    "all dead": (2, 1, 2, 4, [(5, None), (1, None)]),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("name", DECODE)
+def test_decode(name, softcap):
+    batch, rows, group, size, tiers = DECODE[name]
+    rng = np.random.default_rng(len(name))
+    sources = tuple(make_source(rng, batch, rows, group, size, slots, live) for slots, live in tiers)
+    given = tuple(tuple(map(jnp.asarray, source)) for source in sources)
+    out, probabilities = decode_attention(given, scale=0.6, softcap=softcap)
+    expected, shares = decode_reference.decode_attention(sources, scale=0.6, softcap=softcap)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
+    for p, share in zip(probabilities, shares, strict=True):
+        np.testing.assert_allclose(p, share, rtol=0, atol=tolerances.ATTENTION)
+    if name == "all dead":
+        assert not np.asarray(out).any()
+
+
+@pytest.mark.parametrize(
+    "wrong", ["keys as values", "mask off by one", "scale dropped", "zeros", "no cap", "one query"]
+)
+def test_decode_tolerance_sees(wrong):
+    rng = np.random.default_rng(0)
+    sources = tuple(make_source(rng, 2, 2, 3, 8, slots, 1.0) for slots in (6, 7))
+    q, k, v, live = sources[1]
+    live = live & (np.arange(7) < 5)
+    good, _ = decode_reference.decode_attention((sources[0], (q, k, v, live)), scale=0.6, softcap=1.5)
+    scale, softcap, other = 0.6, 1.5, sources[0]
+    if wrong == "keys as values":
+        v = np.swapaxes(k, 2, 3)
+    elif wrong == "mask off by one":
+        live = np.roll(live, 1, axis=-1)
+    elif wrong == "scale dropped":
+        scale = 1.0
+    elif wrong == "no cap":
+        softcap = None
+    elif wrong == "one query":
+        q = other[0]
+    bad, _ = decode_reference.decode_attention((other, (q, k, v, live)), scale=scale, softcap=softcap)
+    bad = 0 * bad if wrong == "zeros" else bad
+    assert np.abs(good - bad).max() > tolerances.VISIBLE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extend:
+    """Arguments of one case. tiers: (slots, share of live ones). valid: share of new tokens that are."""
+
+    shape: tuple[int, int, int, int, int] = (2, 2, 1, 11, 8)  # B, P, G, T, H
+    tiers: tuple = ()
+    valid: float | None = 1.0
+    segments: bool = False
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    block: int = 128
+
+
+EXTEND = {
+    "one": Extend(shape=(1, 1, 1, 1, 4)),
+    "one on a tier": Extend(shape=(2, 1, 3, 1, 4), tiers=((5, 0.6),)),
+    "plain": Extend(),
+    "group, ragged": Extend(shape=(2, 2, 3, 11, 8), valid=0.6),
+    "blocks that do not divide": Extend(shape=(2, 2, 3, 11, 8), valid=0.7, block=4, tiers=((6, 0.5),)),
+    "blocks of one": Extend(block=1, shape=(1, 1, 3, 9, 4), softcap=1.0),
+    "many blocks": Extend(block=2, shape=(1, 2, 1, 23, 4), valid=0.8, window=5),
+    "window and tiers": Extend(window=4, tiers=((6, 0.7), (9, 0.4)), block=4, valid=0.8),
+    "wide window": Extend(window=40, tiers=((6, 0.7),), softcap=1.5, block=8),
+    "segments": Extend(segments=True, block=3, valid=0.8, tiers=((4, 1.0),)),
+    "bidirectional": Extend(causal=False, block=4, valid=0.7, tiers=((4, 0.5),)),
+    "bidirectional window segments": Extend(causal=False, block=4, window=3, segments=True, shape=(2, 1, 3, 11, 4)),
+    "empty tier": Extend(tiers=((5, None), (3, 1.0)), block=5),
+    "all dead": Extend(tiers=((5, None),), valid=None, block=4),
+}
+
+
+def make_extend(case: Extend, seed: int):
+    rng = np.random.default_rng(seed)
+    batch, rows, group, length, size = case.shape
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    queries, keys, values = normal(batch, rows, group, length, size), normal(batch, rows, length, size), None
+    values = normal(batch, rows, length, size)
+    valid = np.zeros((batch, length), bool) if case.valid is None else rng.random((batch, length)) < case.valid
+    base = 3 * max((slots for slots, _ in case.tiers), default=0)
+    positions = base + np.maximum(np.cumsum(valid, axis=1) - 1, 0).astype(np.int32)
+    keys = np.where(valid[:, None, :, None], keys, 50.0).astype(np.float32)  # what is not valid must not be read
+    values = np.where(valid[:, None, :, None], values, 1e30).astype(np.float32)
+    tiers = []
+    for slots, share in case.tiers:
+        _, k, v, live = make_source(rng, batch, rows, 1, size, slots, share)
+        order = np.argsort(rng.random((batch, rows, base)), axis=-1)[..., :slots].astype(np.int32)
+        tiers.append((normal(batch, rows, group, length, size), k, v, np.where(live, order, -1).astype(np.int32), live))
+    options = {
+        "positions": positions.astype(np.int32),
+        "valid": valid,
+        "segments": rng.integers(-1, 3, (batch, length)).astype(np.int32) if case.segments else None,
+        "causal": case.causal,
+        "window": case.window,
+        "scale": 0.6,
+        "softcap": case.softcap,
+    }
+    return (queries, keys, values, tuple(tiers)), options
+
+
+def call_extend(arguments, options, **more):
+    as_jax = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    queries, keys, values, tiers = arguments
+    tiers = tuple(tuple(map(jnp.asarray, tier)) for tier in tiers)
+    options = {name: as_jax(value) for name, value in options.items()}
+    return extend_attention(*map(jnp.asarray, (queries, keys, values)), tiers, **options, **more)
+
+
+@pytest.mark.parametrize("name", EXTEND)
+def test_extend(name):
+    case = EXTEND[name]
+    arguments, options = make_extend(case, len(name))
+    length = case.shape[3]
+    weights = np.random.default_rng(1).random(length).astype(np.float32)  # so that a row taken for another shows
+    padded = jnp.pad(jnp.asarray(weights), (0, length))
+
+    def row_statistic(p, visible, live, start):
+        rows = jnp.where(start + jnp.arange(p.shape[2]) < length, padded[start + jnp.arange(p.shape[2])], 0.0)
+        crowd = (visible * live[..., None]).astype(jnp.float32)
+        return {"share": jnp.einsum("bpts,t->bps", p, rows), "crowd": jnp.einsum("bpts,t->bps", crowd, rows)}
+
+    out, statistics = call_extend(arguments, options, block=case.block, row_statistic=row_statistic)
+    expected, shares, visible = extend_reference.extend_attention(*arguments, **options)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
+    live = sum(see.sum(axis=-1) for see in visible)
+    for statistic, share, see in zip(statistics, shares, visible, strict=True):
+        summed = np.einsum("bpgts,t->bps", share, weights) / case.shape[2]
+        np.testing.assert_allclose(statistic["share"], summed, rtol=0, atol=tolerances.STATISTIC)
+        crowd = np.einsum("bpts,t->bps", see * live[..., None], weights)
+        np.testing.assert_allclose(statistic["crowd"], crowd, rtol=1e-5, atol=tolerances.STATISTIC)
+    if name == "all dead":
+        assert not np.asarray(out).any() and not any(np.asarray(s["share"]).any() for s in statistics)
+
+
+def test_extend_without_statistics():
+    arguments, options = make_extend(EXTEND["window and tiers"], 0)
+    out, statistics = call_extend(arguments, options, row_statistic=None)
+    assert statistics == (None, None, None)
+    expected, _, _ = extend_reference.extend_attention(*arguments, **options)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
+
+
+WRONG = {
+    "zeros": {},
+    "keys as values": {},
+    "new keys as values": {},
+    "tier queries": {},
+    "causal off by one": {},
+    "scale dropped": {"scale": 1.0},
+    "window one longer": {"window": 6},
+    "window one shorter": {"window": 4},
+    "no window": {"window": None},
+    "not causal": {"causal": False},
+    "no segments": {"segments": None},
+    "no cap": {"softcap": None},
+    "pads seen": {},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_extend_tolerance_sees(wrong):
+    case = Extend(shape=(2, 2, 3, 11, 8), tiers=((6, 1.0),), window=5, segments=True, softcap=1.5)
+    arguments, options = make_extend(case, 3)
+    queries, keys, values, ((q, k, v, _, live),) = arguments
+    options["valid"] = np.broadcast_to(np.arange(11) != 4, (2, 11))
+    tier_positions = np.broadcast_to(np.arange(12, 18, dtype=np.int32), (2, 2, 6))  # the queries start at 18
+    tier = (q, k, v, tier_positions, live)
+    good, _, _ = extend_reference.extend_attention(queries, keys, values, (tier,), **options)
+    options |= WRONG[wrong]
+    if wrong == "keys as values":
+        tier = (q, k, np.swapaxes(k, 2, 3), tier_positions, live)
+    elif wrong == "new keys as values":
+        values = keys
+    elif wrong == "tier queries":
+        tier = (queries, k, v, tier_positions, live)
+    elif wrong == "causal off by one":
+        keys, values = np.roll(keys, 1, axis=2), np.roll(values, 1, axis=2)
+    elif wrong == "pads seen":
+        options["valid"] = np.ones((2, 11), bool)
+    bad, _, _ = extend_reference.extend_attention(queries, keys, values, (tier,), **options)
+    bad = 0 * bad if wrong == "zeros" else bad
+    assert np.abs(good - bad).max() > tolerances.VISIBLE
+
+
+def test_an_implementation_that_does_not_exist():
+    with pytest.raises(ValueError, match="'cuda'; it has: xla"):
+        decode_attention((), scale=1.0, softcap=None, implementation="cuda")
