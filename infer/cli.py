@@ -303,10 +303,12 @@ def _evaluate(arguments) -> int:
             _writable(path)
     text = _read_text(arguments.text)
     lm = _load(arguments)
+    bar = _Bar(arguments, "evaluating", "step")
     rows = evaluate(
         lm, text=text, caches=split(arguments.caches), budgets=split(arguments.budgets), tasks=split(arguments.tasks),
         context=arguments.context, next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
         samples_file=arguments.samples_file, seed=arguments.seed, protocol=arguments.protocol,
+        progress=lambda done, total, what: bar(done, total),
     )  # fmt: skip
     print(report.table(rows))
     if arguments.json:

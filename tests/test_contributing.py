@@ -1,5 +1,6 @@
 """The documents stay true: the worked example runs, the README's table is the code's."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -9,7 +10,6 @@ import numpy as np
 from jaxkv.cache import empty_state, extend, forward
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.decoder import init_params
-from jaxkv.policies import POLICIES
 from jaxkv.types import LayerSpec, TierSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,9 +39,9 @@ def test_the_worked_example_of_contributing_runs():
             assert peak[kept < 18].min() > 0
 
 
-def test_readme_lists_the_policies_of_the_code():
-    block = (ROOT / "README.md").read_text().split("<!-- policies -->")[1].strip().splitlines()
-    lines = ["| `cache=` | keeps | source |", "|---|---|---|"]
-    for policy in POLICIES.values():
-        lines.append(f"| `{policy.name}` | {policy.summary.removeprefix('keeps ')} | {policy.source} |")
-    assert block == lines
+def test_readme_tables_are_the_codes():
+    place = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
+    tables = importlib.util.module_from_spec(place)
+    place.loader.exec_module(tables)
+    readme = (ROOT / "README.md").read_text()
+    assert tables.fill(readme) == readme, "run: python docs/make_tables.py"
