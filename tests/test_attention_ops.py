@@ -190,7 +190,7 @@ def test_extend(name):
 
     def row_statistic(p, visible, live, start):
         rows = jnp.where(start + jnp.arange(p.shape[2]) < length, padded[start + jnp.arange(p.shape[2])], 0.0)
-        crowd = (visible * live[..., None]).astype(jnp.float32)
+        crowd = jnp.where(visible, live[..., None], 0).astype(jnp.float32)
         return {"share": jnp.einsum("bpts,t->bps", p, rows), "crowd": jnp.einsum("bpts,t->bps", crowd, rows)}
 
     out, statistics = call_extend(arguments, options, block=case.block, row_statistic=row_statistic)

@@ -5,21 +5,38 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import empty_state, extend, forward
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.decoder import init_params
-from jaxkv.types import LayerSpec, TierSpec
+from jaxkv.types import LayerSpec, Rows, TierSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_the_worked_example_of_contributing_runs():
+def example(**options):
+    """The policy in CONTRIBUTING.md, from the text as it stands there."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
     space = {"__name__": "example"}
-    exec(compile(code, "CONTRIBUTING.md", "exec"), space)  # noqa: S102
-    policy = space["Peak"](recent=2)
+    exec(compile(code, "CONTRIBUTING.md", "exec"), space)
+    return space["Peak"](**options)
+
+
+def test_the_score_of_the_worked_example_on_hand_made_attention():
+    policy = example()
+    count, live = jnp.array([1], jnp.int32), jnp.full((1, 1, 2), 3, jnp.int32)
+    remaining, valid = jnp.array([[0, 0]], jnp.int32), jnp.array([[True, False]])  # the second row is padding
+    p = jnp.array([[[[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]]]], jnp.float32)
+    rows = Rows(remaining=remaining, valid=valid, count=count, live=live)
+    slots = policy.absorb(policy.enter((1, 1, 3)), policy.row_statistic(p, p > 0, rows, ()), (), count)
+    score = policy.score(slots, (), jnp.arange(3, dtype=jnp.int32)[None, None])
+    np.testing.assert_allclose(score, np.array([[[2.0**-8, 2.0**-16, 2.0**-16]]]), rtol=1e-6)
+
+
+def test_the_worked_example_of_contributing_runs():
+    policy = example(recent=2)
     rope = RopeConfig(kind="default", theta=10000.0, rotary_dim=8)
     config = DecoderConfig(
         model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=8,

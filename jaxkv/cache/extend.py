@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv import decoder
 from jaxkv.cache.attend import Context, attend_decode, attend_extend, make_context
@@ -115,7 +116,7 @@ def forward(params, tokens: Array, *, config: DecoderConfig, valid: Array | None
     batch, length = tokens.shape
     lengths = jnp.full((batch,), length, jnp.int32) if valid is None else valid.sum(axis=1, dtype=jnp.int32)
     spec = (LayerSpec(policy=Full(), tiers=()),) * config.num_layers
-    state = empty_state(config, spec, limits=jnp.zeros((config.num_layers, 0, batch), jnp.int32), lengths=lengths)
+    state = empty_state(config, spec, limits=np.zeros((config.num_layers, 0, batch), np.int32), lengths=lengths)
     return extend(params, tokens, state, config=config, valid=valid)[0]
 
 
