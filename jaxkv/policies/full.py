@@ -37,6 +37,7 @@ class Full(Policy):
         return {q.name: q.row_statistic(p, visible, rows, row[q.name]) for q in self.observe if q.needs_attention}
 
     def absorb(self, slots, statistic, row, count):
+        statistic = dict(statistic)  # () when no observed policy needs attention
         return {q.name: q.absorb(slots[q.name], statistic.get(q.name, ()), row[q.name], count) for q in self.observe}
 
     def advance(self, row, count):

@@ -1,0 +1,184 @@
+"""The cache in numpy and plain Python: one row, one kv head, one token after another. The oracle of `test_cache.py`.
+
+run = Reference(params, config, policy, limits)      one row; limits [L][tier]
+hidden = run.read(tokens)                            a prompt, or a decode step of one token
+run.layers[l][k][tier]                               the `Token`s that kv head k of layer l still holds
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Token:
+    """One remembered token of one kv head. seen: for each query that saw it (step, probability, keys it saw)."""
+
+    position: int
+    key: np.ndarray
+    value: np.ndarray
+    seen: list[tuple[int, float, int]] = dataclasses.field(default_factory=list)
+
+
+def insert(slots, entries, limit):
+    """Keeps the best `limit`. slots: list of (score, position) or None; entries: the same, None = not valid.
+
+    Returns: what each slot holds after it, as ("slot", i), ("entry", j) or None; and the set of those that left.
+    """
+    candidates = [("slot", i, *one) for i, one in enumerate(slots) if one is not None]
+    candidates += [("entry", j, *one) for j, one in enumerate(entries) if one is not None]
+    candidates.sort(key=lambda c: (c[2], c[3]), reverse=True)  # the higher score, then the newer
+    kept = {c[:2] for c in candidates[:limit]}
+    gone = {c[:2] for c in candidates[limit:]}
+    after = [("slot", i) if ("slot", i) in kept else None for i in range(len(slots))]
+    for j in range(len(entries)):
+        if ("entry", j) in kept:
+            after[after.index(None)] = ("entry", j)
+    return after, gone
+
+
+class Reference:
+    """One row through the tiny models of `test_cache.py` (default RoPE, no biases), float64.
+
+    margin: the least distance of any decision from falling the other way: of a probability from the threshold of low
+    attention, relative; of the last kept score from the first evicted.
+    """
+
+    def __init__(self, params, config, policy, limits):
+        self.params, self.config, self.policy, self.limits = params, config, policy, limits
+        self.layers = [[[[] for _ in limits[0]] for _ in range(config.num_kv_heads)] for _ in config.layers]
+        self.steps = 0
+        self.margin = math.inf
+        self.bucket_of, self.filled = [], 0  # of default Scissorhands: each step's bucket, steps in the newest
+
+    def read(self, tokens):
+        """Hidden states [T, D] of valid tokens, and the caches of all layers after them."""
+        c, p = self.config, self.params
+        x = p["embedder"]["embedding"][tokens]
+        first, self.steps = self.steps, self.steps + len(tokens)
+        self._fill_buckets(len(tokens))
+        positions = range(first, self.steps)
+        for index, kind in enumerate(c.layers):
+            layer = p[f"layers_{index}"]
+            heads = norm(x, layer["attention_norm"]["scale"], c.norm_eps) @ layer["attention"]["qkv"]["kernel"]
+            heads = heads.reshape(len(tokens), -1, c.head_dim)
+            n, k = c.num_heads, c.num_kv_heads
+            out = np.zeros((len(tokens), n, c.head_dim))
+            for head in range(k):
+                fresh = [
+                    Token(at, rotate(heads[i, n + head], at, kind.rope), heads[i, n + k + head])
+                    for i, at in enumerate(positions)
+                ]
+                mine = range(head * (n // k), (head + 1) * (n // k))
+                tiers = self.layers[index][head]
+                for i, at in enumerate(positions):
+                    crowd = [token for tier in tiers for token in tier] + fresh[: i + 1]
+                    if kind.window is not None:
+                        crowd = [token for token in crowd if at - token.position < kind.window]
+                    queries = [rotate(heads[i, g], at, kind.rope) for g in mine]
+                    out[i, mine] = self._look(queries, crowd, at)
+                self._store(index, head, fresh)
+            x = x + out.reshape(len(tokens), -1) @ layer["attention"]["output"]["kernel"]
+            gate, up = np.split(
+                norm(x, layer["mlp_norm"]["scale"], c.norm_eps) @ layer["mlp"]["gate_up"]["kernel"], 2, -1
+            )
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]["kernel"]
+        return norm(x, p["final_norm"]["scale"], c.norm_eps)
+
+    def _look(self, queries, crowd, step):
+        """Attention of one query per head over `crowd`; each token of it remembers how much it got."""
+        keys, values = np.stack([token.key for token in crowd]), np.stack([token.value for token in crowd])
+        shares = [softmax(keys @ query * self.config.query_scale) for query in queries]
+        for token, share in zip(crowd, np.mean(shares, axis=0), strict=True):
+            token.seen.append((step, share, len(crowd)))
+            if "scissorhands" in self.policy.name and len(crowd) > 1:
+                self.margin = min(self.margin, abs(share * len(crowd) - 1))
+        return [share @ values for share in shares]
+
+    def _store(self, index, head, arriving):
+        """The newcomers go down the chain; each tier keeps its best."""
+        window = self.config.layers[index].window
+        tiers = self.layers[index][head]
+        for number, limit in enumerate(self.limits[index]):
+            rivals = tiers[number] + arriving
+            if window is not None:
+                rivals = [token for token in rivals if self.steps - token.position < window]
+            ranked = sorted(rivals, key=lambda t: (*self._rank(t, index, head, limit), t.position), reverse=True)
+            tiers[number], arriving = ranked[:limit], ranked[limit:]
+            if tiers[number] and arriving:
+                (last, a), (first, b) = (self._rank(t, index, head, limit) for t in (tiers[number][-1], arriving[0]))
+                if not last and not first and self.policy.name == "h2o":
+                    self.margin = min(self.margin, abs(a - b))
+
+    def _rank(self, token, index, head, limit):
+        """(protected, score)."""
+        policy, newest = self.policy, self.steps - 1
+        recent = max(policy.recent, int(limit * policy.recent_share)) if policy.name == "h2o" else policy.recent
+        protected = token.position > newest - recent or token.position < policy.sinks
+        return protected, 0.0 if protected else self._score(token, index, head)
+
+    def _score(self, token, index, head):
+        policy, newest = self.policy, self.steps - 1
+        low = [step for step, share, count in token.seen if share < 1 / count]
+        match policy.name:
+            case "full" | "recency":
+                return token.position
+            case "random":
+                return random_score(policy.seed, index, head, token.position)
+            case "h2o":
+                return sum(share for _, share, _ in token.seen)
+            case "scissorhands-reference":
+                return -sum(step > newest - policy.window for step in low)
+            case "scissorhands":
+                age = [self.bucket_of[-1] - self.bucket_of[step] for step in low]
+                size = policy.window // 4
+                oldest = 1.0 if self.filled == size else 1 - self.filled / size
+                return -sum({0: 1.0, 1: 1.0, 2: 1.0, 3: oldest}.get(a, 0.0) for a in age)
+
+    def _fill_buckets(self, count):
+        """A run of a whole window or more starts the buckets anew, so that its last step ends one."""
+        if self.policy.name != "scissorhands":
+            return
+        size, last = self.policy.window // 4, self.bucket_of[-1] if self.bucket_of else 0
+        if count >= self.policy.window:
+            newest = last + 1 + (count - 1) // size
+            self.bucket_of += [newest - left // size for left in range(count - 1, -1, -1)]
+            self.filled = size
+            return
+        for _ in range(count):
+            if self.filled == size or not self.bucket_of:
+                last, self.filled = last + 1, 0
+            self.bucket_of.append(last)
+            self.filled += 1
+
+
+def random_score(seed, layer, head, position):
+    """The 24-bit hash of the random policy, in Python's integers."""
+
+    def mix(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    mixed = seed % 2**32
+    for part in (layer, head, position):
+        mixed = mix(mixed ^ mix(part + 0x9E3779B9 & 0xFFFFFFFF))
+    return mixed >> 8
+
+
+def norm(x, scale, eps):
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * scale
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def rotate(x, position, rope):
+    """Channel c pairs with c + half."""
+    half = len(x) // 2
+    angle = position * rope.theta ** -(np.arange(half) / half)
+    a, b = x[:half], x[half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
