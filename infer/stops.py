@@ -23,12 +23,14 @@ class Stops:
 def build_stops(token_bytes: list[bytes], stop_strings: list[str], stop_ids: set[int], vocab_size: int) -> Stops:
     """The automaton of these strings and ids; state 0 is the start.
 
-    Args: token_bytes: of every id; may be empty if there are no strings.
-    Raises: ValueError for an empty stop string or an id outside the vocabulary.
+    Args: token_bytes: of every id; may be empty if there are no strings. Ids past its end stand for no bytes.
+    Raises: ValueError for an empty stop string, an id outside the vocabulary, or strings without token_bytes.
     """
     for text in stop_strings:
         if not text:
             raise ValueError("a stop string is empty; it needs at least one character")
+    if stop_strings and not token_bytes:
+        raise ValueError("stop strings need the bytes of each token, and token_bytes is empty")
     for index in stop_ids:
         if not 0 <= index < vocab_size:
             raise ValueError(f"stop id {index} is outside the vocabulary, 0 to {vocab_size - 1}")
@@ -36,15 +38,28 @@ def build_stops(token_bytes: list[bytes], stop_strings: list[str], stop_ids: set
     states = len(moves) - 1
     columns = np.tile(np.arange(states + 1, dtype=np.int32), (vocab_size, 1))  # [V, states + 1]
     if stop_strings:
-        lengths = np.zeros(vocab_size, np.int32)
-        lengths[: len(token_bytes)] = [len(b) for b in token_bytes[:vocab_size]]
-        for place in range(int(lengths.max())):
-            longer = np.flatnonzero(lengths > place)
-            byte = np.array([token_bytes[i][place] for i in longer], np.int32)
-            columns[longer] = moves[columns[longer], byte[:, None]]
+        _read_tokens(columns, moves, token_bytes[:vocab_size])
     columns[sorted(stop_ids)] = states
-    kinds, classes = np.unique(columns, axis=0, return_inverse=True)
-    return Stops(classes=jnp.asarray(classes.reshape(-1).astype(np.int32)), table=jnp.asarray(kinds.T.copy()))
+    # A dict over the bytes of each column: np.unique(axis=0) compares field by field and takes two seconds.
+    kinds: dict[bytes, int] = {}
+    classes = [kinds.setdefault(column.tobytes(), len(kinds)) for column in columns]
+    table = np.frombuffer(b"".join(kinds), np.int32).reshape(len(kinds), states + 1)
+    return Stops(classes=jnp.asarray(np.array(classes, np.int32)), table=jnp.asarray(table.T.copy()))
+
+
+def _read_tokens(columns, moves, token_bytes):
+    """Moves columns [V, states + 1], in place, by all bytes of each token; longest tokens first, so each byte is one
+    slice."""
+    lengths = np.array([len(b) for b in token_bytes])
+    order = np.argsort(-lengths, kind="stable")
+    starts = (np.cumsum(lengths) - lengths)[order]
+    flat = np.frombuffer(b"".join(token_bytes), np.uint8).astype(np.int32)
+    rows = moves.reshape(-1) * 256  # states as offsets into the flat table: one addition and one gather for each byte
+    moved = columns[order] * 256
+    for place in range(int(lengths.max())):
+        longer = int((lengths > place).sum())
+        moved[:longer] = rows.take(moved[:longer] + flat[starts[:longer] + place][:, None])
+    columns[order] = moved // 256
 
 
 def _byte_automaton(words: list[bytes]) -> np.ndarray:

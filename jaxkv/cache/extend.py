@@ -14,7 +14,6 @@ import numpy as np
 
 from jaxkv import decoder
 from jaxkv.cache.attend import Context, attend_decode, attend_extend, make_context
-from jaxkv.cache.state import live_count
 from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.policies import Full
 from jaxkv.types import Array, LayerState, State
@@ -154,21 +153,25 @@ def _is_fresh(state: State) -> bool:
 
 def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> None:
     """A `full` layer that would have to drop a token it can still see is an error, never a silent truncation."""
-    for layer, kind in zip(state.layers, config.layers, strict=True):
-        if isinstance(layer.policy, Full) and layer.tiers and kind.window is None:
-            room = _room(layer.tiers[-1])
-            if isinstance(room, jax.core.Tracer):
-                return
-            wanted = storing.sum(axis=1)
-            if (wanted > room).any():
-                row = int((wanted - room).argmax())
-                raise ValueError(
-                    f"row {row}: the full cache has room for {int(room[row])} more tokens and was given"
-                    f" {int(wanted[row])}; make the state with a larger capacity, or choose an evicting policy"
-                )
-            return
+    full = tuple(
+        layer.tiers
+        for layer, kind in zip(state.layers, config.layers, strict=True)
+        if isinstance(layer.policy, Full) and layer.tiers and kind.window is None
+    )
+    if not full or isinstance(state.next_position, jax.core.Tracer) or isinstance(storing, jax.core.Tracer):
+        return
+    room = _room(tuple(tuple((tier.limit, tier.positions) for tier in tiers) for tiers in full))
+    wanted = storing.sum(axis=1)
+    if (wanted > room).any():
+        row = int((wanted - room).argmax())
+        raise ValueError(
+            f"row {row}: the full cache has room for {int(room[row])} more tokens and was given"
+            f" {int(wanted[row])}; make the state with a larger capacity, or choose an evicting policy"
+        )
 
 
 @jax.jit
-def _room(tier):
-    return (tier.limit - live_count(tier)).min(axis=-1)
+def _room(layers):
+    """Free slots of the fullest layer, [B]: of all its tiers together. layers: (limit, positions) per tier of each."""
+    free = [sum(limit - (at >= 0).sum(axis=-1, dtype=jnp.int32) for limit, at in tiers) for tiers in layers]
+    return functools.reduce(jnp.minimum, [heads.min(axis=-1) for heads in free])
