@@ -132,9 +132,7 @@ class Reference:
                 return -sum(step > newest - policy.window for step in low)
             case "scissorhands":
                 age = [self.bucket_of[-1] - self.bucket_of[step] for step in low]
-                size = policy.window // 4
-                oldest = 1.0 if self.filled == size else 1 - self.filled / size
-                return -sum({0: 1.0, 1: 1.0, 2: 1.0, 3: oldest}.get(a, 0.0) for a in age)
+                return -sum(a < 4 for a in age)
 
     def _fill_buckets(self, count):
         """A run of a whole window or more starts the buckets anew, so that its last step ends one."""

@@ -8,6 +8,7 @@ import pytest
 from jaxkv.checkpoints import CheckpointError
 from jaxkv.checkpoints.named import find_named
 
+pytest.register_assert_rewrite("cache_harness")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

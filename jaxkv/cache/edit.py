@@ -16,7 +16,8 @@ def drop(state: State, *, start: Array, stop: Array) -> State:
 
     If the range reaches the end of the row, the next token takes position `start`. What other tokens computed from the
     dropped ones stays in their keys and values: to prune a passage exactly, drop it and all that follows, then `extend`
-    the surviving suffix again.
+    the surviving suffix again. A sliding-window layer has already forgotten what left its window by then, so after dropping
+    the end of a row it sees less than it would have seen the first time.
     """
 
     def forget(tier, offset):

@@ -9,9 +9,9 @@ Departs:
   - One entry leaves per step instead of half the budget at once; steadier, and the cache is always full.
   - Query heads that share a kv head vote by their mean probability (the paper predates grouped heads).
   - A prompt longer than the budget is attended to in full and compressed once.
-  - `Scissorhands` keeps counts in four buckets of window / 4 steps and weighs the oldest by how much of it is still
-    inside the window: 4 bytes a slot. `ScissorhandsReference` keeps the exact history: window / 8 bytes a slot.
-    Directly after a prompt of at least `window` tokens both are equal.
+  - `Scissorhands` keeps counts in four buckets of window / 4 steps, 4 bytes a slot; when one fills, the oldest goes as a
+    whole, so it looks back between 3/4 of `window` and all of it. `ScissorhandsReference` keeps the exact history,
+    window / 8 bytes a slot. Directly after a prompt of at least `window` tokens both are equal.
 """
 
 import dataclasses
@@ -83,9 +83,7 @@ class Scissorhands(Policy):
     def score(self, slots, row, positions):
         packed = slots["low"]
         byte = lambda i: ((packed >> (8 * i)) & jnp.uint32(255)).astype(jnp.float32)
-        inside = 1.0 - row["filled"].astype(jnp.float32) / self._bucket  # of the oldest bucket, still in the window
-        oldest = jnp.where(expand(row["filled"], packed) == self._bucket, 1.0, expand(inside, packed))
-        return -(byte(0) + byte(1) + byte(2) + byte(3) * oldest)
+        return -sum(byte(i) for i in range(BUCKETS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
