@@ -54,7 +54,7 @@ def main():
         versions = {c: measure(python, f"{c} versions", folder) for c, python in contenders.items()}
     result = {
         "title": "Speed on SmolLM2-135M, float32, batch 1, 2 threads (median of rounds, tokens/s)",
-        "command": "python benchmarks/speed.py --transformers-python PY --llama-python PY",
+        "command": f"python benchmarks/speed.py --transformers-python PY --llama-python PY --rounds {arguments.rounds}",
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
         "machine": f"{os.cpu_count()} shared {platform.machine()} cores, read bandwidth {bandwidth:.1f} GB/s",
         "versions": versions,

@@ -28,7 +28,11 @@ def figures() -> str:
         table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for row in result["rows"]:
             table.append("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
-        origin = f"`{result['command']}`, commit {result['commit'][:8]}, {result['machine']}; {result['versions']}"
+        versions = "; ".join(
+            f"{name}: " + ", ".join(f"{package} {version}" for package, version in found.items())
+            for name, found in result["versions"].items()
+        )
+        origin = f"`{result['command']}`, commit {result['commit'][:8]}, {result['machine']}. {versions}."
         parts.append(f"**{result['title']}**\n\n" + "\n".join(table) + f"\n\n{origin}")
     return "\n\n".join(parts) or "Nothing is published yet."
 
