@@ -51,12 +51,20 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def __call__(self, x: Array, key_angles, query_angles, attend):
+        x, aux = self.mix_tokens(x, key_angles, query_angles, attend)
+        return self.feed_forward(x), aux
+
+    def mix_tokens(self, x: Array, key_angles, query_angles, attend):
+        """The first half: attention, and its residual."""
         queries, keys, values = self.attention.project(self.attention_norm(x), key_angles, query_angles)
         heads, aux = attend(queries, keys, values)
         y = self.attention.output(heads)
-        x = x + (self.post_attention_norm(y) if self.config.sandwich_norms else y)
+        return x + (self.post_attention_norm(y) if self.config.sandwich_norms else y), aux
+
+    def feed_forward(self, x: Array) -> Array:
+        """The second half, for which tokens are independent: the MLP, and its residual."""
         y = self.mlp(self.mlp_norm(x))
-        return x + (self.post_mlp_norm(y) if self.config.sandwich_norms else y), aux
+        return x + (self.post_mlp_norm(y) if self.config.sandwich_norms else y)
 
 
 def embed(params, tokens: Array, *, config: DecoderConfig) -> Array:

@@ -14,3 +14,4 @@ MARGIN = 1e-5  # scores or thresholds nearer than this may fall either way in fl
 UNDECIDED_SHARE = 0.02  # of cases whose kept set may differ for that reason: counted, capped
 ROPE = 2e-6  # relative, float32 frequencies against float64 formulas
 ROTATION = 2e-6  # float32 rotations of vectors of size 1
+LINEAR = 5e-6  # a float32 product over 33 terms of size 1, against float64

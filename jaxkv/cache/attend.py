@@ -13,6 +13,8 @@ from jaxkv.types import Array, Entries, LayerState, Rotary, Rows
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.extend_attention import extend_attention
 
+SIGNALING_NAN = 0x7F800001  # arithmetic gives quiet NaNs only
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,18 @@ def attend_decode(
             for p, see in zip(probabilities, seen, strict=True)
         )
     heads = out.reshape(batch, 1, -1, size)
+    keys, values = _after(out, keys), _after(out, values)
     return heads, _store(layer, keys, values, statistics, context, config=config, kind=kind)
+
+
+def _after(out: Array, new: Array) -> Array:
+    """`new` [B, P, 1, H] unchanged, but computed after `out` [B, P, G, H].
+
+    XLA cannot see that a loop may overwrite a slot in place unless the write depends on what has read it; it would copy
+    the whole cache at every step. So the write is made to depend on a test that no result of arithmetic passes.
+    """
+    bits = jax.lax.bitcast_convert_type(out[:, :, :1, :1].astype(jnp.float32), jnp.int32)
+    return jnp.where(bits == SIGNALING_NAN, jnp.zeros_like(new), new)
 
 
 def _store(layer, keys, values, statistics, context, *, config, kind):

@@ -19,6 +19,7 @@ from jaxkv.policies import Full
 from jaxkv.types import Array, LayerState, State
 
 VISIBILITIES = ("causal", "bidirectional")
+MLP_TOKENS = 512  # of a long prompt go through the MLP at a time, whose width is several times the model's
 
 
 def extend(
@@ -121,7 +122,22 @@ def forward(params, tokens: Array, *, config: DecoderConfig, valid: Array | None
 
 def _block(params, x, context: Context, config: DecoderConfig, kind: LayerConfig, attend):
     frames = context.angles[config.ropes.index(kind.rope)]
-    return decoder.Block(config).apply({"params": params}, x, frames[0], frames, attend)
+    block, params = decoder.Block(config), {"params": params}
+    x, aux = block.apply(params, x, frames[0], frames, attend, method="mix_tokens")
+    feed_forward = functools.partial(block.apply, params, method="feed_forward")
+    return _by_tokens(feed_forward, x, MLP_TOKENS), aux
+
+
+def _by_tokens(function, x: Array, size: int) -> Array:
+    """function(x) of [B, T, D], for a function under which tokens are independent, `size` of them at a time."""
+    tokens = x.reshape(1, -1, x.shape[-1])
+    whole = tokens.shape[1] // size
+    if whole <= 1:
+        return function(x)
+    cut = whole * size
+    blocks = jax.lax.map(function, tokens[:, :cut].reshape(whole, 1, size, -1)).reshape(1, cut, -1)
+    out = blocks if cut == tokens.shape[1] else jnp.concatenate([blocks, function(tokens[:, cut:])], axis=1)
+    return out.reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention.xla import NEGATIVE, softcapped
+from pallas_kernels.decode_attention.xla import NEGATIVE, mix, shares, softcapped
 
-STAGES = 8
+STAGES = 8  # at most; of two blocks at least, for XLA unrolls a loop of one and then keeps every stage in memory
 
 
 def extend_attention(
@@ -22,8 +22,9 @@ def extend_attention(
     spare = blocks * block - length
     rows = jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, spare), (0, 0)]) if spare else x,
-        (queries, tuple(tier[0] for tier in tiers)),
+        (queries * scale, tuple(tier[0] * scale for tier in tiers)),
     )
+    slots_minor = jnp.swapaxes(keys, 2, 3)
     row_positions = jnp.pad(positions, ((0, 0), (0, spare)))
     row_segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, spare)))
 
@@ -38,7 +39,7 @@ def extend_attention(
             see = jnp.broadcast_to(live[:, :, None, :], (*live.shape[:2], block, live.shape[2]))
             if window is not None:
                 see &= at - slot_positions[:, :, None, :] < window
-            sources.append((cut(tier_queries, 3), "bpgth,bphs->bpgts", k, v, see))
+            sources.append((cut(tier_queries, 3), k, v, see))
         see = jnp.broadcast_to(valid[:, None, None, :end], (valid.shape[0], 1, block, end))
         if causal:
             see &= (jnp.arange(end, dtype=jnp.int32)[None, :] <= index[:, None])[None, None]
@@ -47,10 +48,10 @@ def extend_attention(
         if segments is not None:
             mine, theirs = cut(row_segments, 1)[:, None, :, None], segments[:, None, None, :end]
             see &= (mine == theirs) | (mine < 0) | (theirs < 0)
-        sources.append((cut(rows[0], 3), "bpgth,bpsh->bpgts", keys[:, :, :end], values[:, :, :end], see))
-        return _softmax(sources, start, scale=scale, softcap=softcap, row_statistic=row_statistic)
+        sources.append((cut(rows[0], 3), slots_minor[..., :end], values[:, :, :end], see))
+        return _softmax(sources, start, softcap=softcap, row_statistic=row_statistic)
 
-    edges = np.linspace(0, blocks, min(STAGES, blocks) + 1).astype(int) if causal else np.array([0, blocks])
+    edges = np.linspace(0, blocks, (min(STAGES, max(1, blocks // 2)) if causal else 1) + 1).astype(int)
     outs, statistics = [], None
     for first, last in zip(edges[:-1], edges[1:], strict=True):
         end = min(int(last) * block, length) if causal else length
@@ -71,34 +72,25 @@ def extend_attention(
     return out, statistics
 
 
-def _softmax(sources, start, *, scale, softcap, row_statistic):
-    """One softmax over all sources (queries, einsum, keys, values, visible) of one block of query rows."""
+def _softmax(sources, start, *, softcap, row_statistic):
+    """One softmax over all sources (scaled queries, keys, values, visible) of one block of query rows."""
     logits = [
         jnp.where(
             see[:, :, None],
-            softcapped(jnp.einsum(spec, q, k, preferred_element_type=jnp.float32) * scale, softcap),
+            softcapped(jnp.einsum("bpgth,bphs->bpgts", q, k, preferred_element_type=jnp.float32), softcap),
             NEGATIVE,
         )
-        for q, spec, k, _, see in sources
+        for q, k, _, see in sources
     ]
-    top = logits[0].max(axis=-1, keepdims=True)
-    for x in logits[1:]:
-        top = jnp.maximum(top, x.max(axis=-1, keepdims=True))
-    weights = [jnp.where(s[4][:, :, None], jnp.exp(x - top), 0.0) for x, s in zip(logits, sources, strict=True)]
-    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-    inverse = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
-    out = sum(
-        jnp.einsum("bpgts,bpsh->bpgth", w.astype(s[3].dtype), s[3], preferred_element_type=jnp.float32)
-        for w, s in zip(weights, sources, strict=True)
-    )
-    out = (out * inverse).astype(sources[-1][3].dtype)
+    weights, inverse = shares(logits)
+    out = mix("bpgts,bpsh->bpgth", weights, [v for _, _, v, _ in sources], inverse)
     if row_statistic is None:
         return out, (None,) * len(sources)
-    heads = sources[-1][0].shape[1]
-    live = sum(jnp.broadcast_to(s[4].sum(-1, dtype=jnp.int32), (s[4].shape[0], heads, s[4].shape[2])) for s in sources)
+    heads = out.shape[1]
+    live = sum(jnp.broadcast_to(s[3].sum(-1, dtype=jnp.int32), (s[3].shape[0], heads, s[3].shape[2])) for s in sources)
     statistics = []
     for w, s in zip(weights, sources, strict=True):
         share = w * inverse  # the mean over G by additions: XLA:CPU reduces a middle axis several times slower
         p = sum(share[:, :, g] for g in range(share.shape[2])) * (1.0 / share.shape[2])
-        statistics.append(row_statistic(p, jnp.broadcast_to(s[4], p.shape), live, start))
+        statistics.append(row_statistic(p, jnp.broadcast_to(s[3], p.shape), live, start))
     return out, tuple(statistics)
