@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
-from cache_harness import B, PARAMS, PLAIN, SLOTS, small
+from cache_harness import PARAMS, PLAIN, SLOTS, B, small
 
 from jaxkv.cache import decode, empty_state
 from jaxkv.cache.extend import _by_tokens
