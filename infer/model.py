@@ -56,38 +56,48 @@ class LanguageModel:
         self._bytes: list[bytes] | None = None
         self._stops: dict = {}
 
-    def plan(self, cache: str | Policy = "full", budget=None, *, lengths: list[int], **options) -> Plan:
-        """The cache that `generate` would allocate for rows of these total lengths (prompt plus new tokens)."""
-        return plan(self.config, make_policy(cache, **options), budget, lengths=lengths, dtype=self.dtype)
+    def plan(
+        self, cache: str | Policy = "full", budget=None, *, lengths: list[int], layer_weights=None, **options
+    ) -> Plan:
+        """The cache that `generate` would allocate for rows of these total lengths (prompt plus new tokens).
+
+        Args: layer_weights: uneven budgets, see `jaxkv.cache.budgets.plan`. options: of the policy.
+        """
+        policy = make_policy(cache, **options)
+        return plan(self.config, policy, budget, lengths=lengths, dtype=self.dtype, layer_weights=layer_weights)
 
     def generate(
-        self, prompts, *, max_new_tokens: int = 128, cache="full", budget=None, policy_options=None,
-        sampling: Sampling | None = None, samples: int = 1, stop: list[str] | None = None, logprobs: bool = False,
-        streaming: bool = False, progress=None,
+        self, prompts, *, max_new_tokens: int = 128, cache="full", budget=None, layer_weights=None, policy_options=None,
+        sampling: Sampling | list[Sampling] | None = None, samples: int = 1, stop: list[str] | None = None,
+        logprobs: bool = False, streaming: bool = False, progress=None,
     ) -> list[Completion]:  # fmt: skip
         """Completes prompts, greedily unless `sampling` says otherwise, under a cache budget.
 
         Args:
           prompts: a string or list of token ids, or a list of them; lengths may differ.
           cache: a policy by name (`jaxkv.policies.POLICIES`) or a Policy. budget: tokens per kv head and layer (int),
-            "64MiB" per sequence, "20%" of the full cache; None = everything.
+            "64MiB" per sequence, "20%" of the full cache; None = everything. layer_weights: see `plan`.
+            policy_options: arguments of the policy.
+          sampling: for all prompts, or one per prompt; the draws of a row depend on its own seed only.
           samples: completions per prompt, from one prefill; consecutive in the result. Sample i uses seed + i.
           stop: strings that end a completion and are cut off. streaming: allow positions past the model's window.
         Returns: one Completion per prompt and sample.
         Raises: ValueError for bad arguments; MemoryError before allocating what cannot fit.
         """
         rows = self._rows(prompts)
-        sampling = sampling or Sampling()
+        samplings = list(sampling) if isinstance(sampling, (list, tuple)) else [sampling or Sampling()] * len(rows)
+        if len(samplings) != len(rows):
+            raise ValueError(f"sampling must be one Sampling, or one per prompt: {len(rows)}, got {len(samplings)}")
         _at_least("samples", samples, 1)
         lengths = [len(row) + _at_least("max_new_tokens", max_new_tokens, 1) for row in rows]
         self._check_window(lengths, streaming)
-        planned = self.plan(cache, budget, lengths=lengths, **(policy_options or {}))
+        planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
+        request = self._request(samplings, samples, max_new_tokens, stop)
         started, compiled = time.perf_counter(), _compile_seconds()
-        state = new_state(self.config, planned, lengths)
+        state = new_state(self.config, planned, lengths, copies=samples)
         hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
         if samples > 1:
             hidden, state = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (hidden, state))
-        request = self._request(len(rows), samples, sampling, max_new_tokens, stop)
         repeated = [row for row in rows for _ in range(samples)]
         pieces = generation.run(self.params, hidden, state, request, config=self.config, prompts=repeated)
         out, _, times = generation.collect(pieces, started)
@@ -97,17 +107,17 @@ class LanguageModel:
             for made, prompt in zip(out, repeated, strict=True)
         ]
 
-    def stream(self, prompt, *, max_new_tokens: int = 128, cache="full", budget=None, policy_options=None,
-               sampling: Sampling | None = None, stop: list[str] | None = None, streaming: bool = False,
+    def stream(self, prompt, *, max_new_tokens: int = 128, cache="full", budget=None, layer_weights=None,
+               policy_options=None, sampling: Sampling | None = None, stop: list[str] | None = None, streaming: bool = False,
                progress=None) -> Iterator[str]:  # fmt: skip
         """Yields the completion of one prompt as pieces of text, as they come. Arguments as `generate`."""
         rows = self._rows([prompt] if isinstance(prompt, str) else [list(prompt)])
         lengths = [len(rows[0]) + _at_least("max_new_tokens", max_new_tokens, 1)]
         self._check_window(lengths, streaming)
-        planned = self.plan(cache, budget, lengths=lengths, **(policy_options or {}))
+        planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
+        request = self._request([sampling or Sampling()], 1, max_new_tokens, stop)
         state = new_state(self.config, planned, lengths)
         hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
-        request = self._request(1, 1, sampling or Sampling(), max_new_tokens, stop)
         pieces = generation.run(self.params, hidden, state, request, config=self.config, prompts=rows)
         yield from self.texts(pieces, stop)
 
@@ -123,13 +133,16 @@ class LanguageModel:
                 yield text[shown:ready]
                 shown = ready
 
-    def logits(self, ids) -> jax.Array:
-        """The plain forward pass: token ids [B, T] -> next-token logits [B, T, V] float32."""
+    def logits(self, ids, *, streaming: bool = False) -> jax.Array:
+        """The plain forward pass: token ids [B, T] -> next-token logits [B, T, V] float32.
+
+        streaming: allow positions past the model's window, for which RoPE kinds that depend on length are made.
+        """
         tokens = jnp.asarray(np.asarray(ids))
         if tokens.ndim != 2 or not tokens.size:
             raise ValueError(f"ids must be a non-empty [B, T] array, got shape {tokens.shape}")
         self._check_ids(np.asarray(ids).reshape(-1))
-        self._check_window([tokens.shape[1]], False)
+        self._check_window([tokens.shape[1]], streaming)
         hidden = forward(self.params, tokens.astype(jnp.int32), config=self.config)
         return decoder.logits(self.params, hidden, config=self.config)
 
@@ -157,7 +170,7 @@ class LanguageModel:
     def _rows(self, prompts) -> list[list[int]]:
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
             prompts = [prompts]
-        rows = [self.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        rows = [self.encode(p) if isinstance(p, str) else _token_ids(index, p) for index, p in enumerate(prompts)]
         if not rows:
             raise ValueError("no prompts were given; generate takes at least one")
         for index, row in enumerate(rows):
@@ -189,11 +202,10 @@ class LanguageModel:
             self._stops[key] = build_stops(self._bytes or [], list(key), self.eos_ids, self.config.vocab_size)
         return self._stops[key]
 
-    def _request(self, rows, samples, sampling, max_new_tokens, stop):
-        per_row = [dataclasses.replace(sampling, seed=sampling.seed + i) for _ in range(rows) for i in range(samples)]
-        return generation.Request(
-            samplings=per_row, max_new_tokens=[max_new_tokens] * (rows * samples), stops=self.request_stops(stop)
-        )
+    def _request(self, samplings: list[Sampling], samples: int, max_new_tokens: int, stop):
+        per_row = [dataclasses.replace(s, seed=s.seed + i) for s in samplings for i in range(samples)]
+        new = [_at_least("max_new_tokens", max_new_tokens, 1)] * len(per_row)
+        return generation.Request(samplings=per_row, max_new_tokens=new, stops=self.request_stops(stop))
 
     def _visible(self, ids):
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
@@ -210,6 +222,17 @@ class LanguageModel:
         }
         text = trim(self.decode(ids), stop or [])
         return Completion(text, ids, made.logprobs[: len(ids)] if logprobs else None, stats)
+
+
+def _token_ids(index, prompt) -> list[int]:
+    try:
+        if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in prompt):
+            raise TypeError
+    except TypeError:
+        raise ValueError(
+            f"prompt {index} is neither a string nor a list of integer token ids: {prompt!r:.60}"
+        ) from None
+    return [int(i) for i in prompt]
 
 
 def _at_least(name, value, least):

@@ -27,15 +27,20 @@ def last_hidden(hidden, valid):
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def new_state(config, plan: Plan, lengths: list[int]) -> State:
-    """An empty state for the plan. Raises: MemoryError, before anything is allocated, if it cannot fit."""
-    needed, free = plan.bytes_per_row * len(lengths), free_bytes()
+def new_state(config, plan: Plan, lengths: list[int], *, copies: int = 1, row: int | None = None) -> State:
+    """An empty state for the plan's rows, or for its row number `row` alone.
+
+    Args: copies: of the state that the caller will hold at once.
+    Raises: MemoryError, before anything is allocated, if it cannot fit.
+    """
+    needed, free = plan.bytes_per_row * len(lengths) * copies, free_bytes()
     if free is not None and needed > free:
         raise MemoryError(
-            f"the cache needs {format_bytes(needed)} for {len(lengths)} sequences, {format_bytes(free)} are free;"
-            " choose a smaller budget, fewer sequences or fewer new tokens"
+            f"the cache needs {format_bytes(needed)} for {len(lengths) * copies} sequences, {format_bytes(free)} are"
+            " free; choose a smaller budget, fewer sequences or fewer new tokens"
         )
-    limits = np.broadcast_to(plan.limits, (*plan.limits.shape[:2], len(lengths)))
+    limits = plan.limits if row is None else plan.limits[:, :, row : row + 1]
+    limits = np.broadcast_to(limits, (*limits.shape[:2], len(lengths)))
     return empty_state(config, plan.spec, limits=limits, lengths=np.asarray(lengths, np.int32))
 
 

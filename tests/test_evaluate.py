@@ -12,10 +12,17 @@ import numpy as np
 import pytest
 
 from infer.evaluate import PROTOCOLS, TASKS, evaluate, load_samples, make_samples, metrics, report
+from infer.evaluate.run import _answers
 from infer.evaluate.tasks import INTRO, encode_context, split_sentences
+from infer.generate import Request, collect, run
+from infer.prefill import new_state, read
+from infer.sampling import Sampling
+from infer.stops import build_stops
+from jaxkv.cache import compress
+from jaxkv.cache.budgets import plan
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.decoder import init_params
-from jaxkv.policies import Scissorhands
+from jaxkv.policies import Full, Scissorhands, make_policy
 
 FILLER = " ".join(f"Mr. Darcy said number {i} to nobody. “Did he?” It was a {i % 7}th day!" for i in range(400))
 
@@ -231,7 +238,6 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_picture(tmp_path):
-    pytest.importorskip("matplotlib")
     for name, given in (("some.png", rows()), ("none.png", rows()[1:])):
         report.write_picture(given, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -340,6 +346,28 @@ def test_answers_are_what_greedy_generation_says(lm, tmp_path, protocol):
     assert row["accuracy"] == {"right": 1.0, "wrong": 0.0}
     assert row["kl_mean"] is None and row["protocol"] == protocol
     assert small["asked"] == {"right": 1, "wrong": 1} and small["bytes"] < row["bytes"]
+
+
+@pytest.mark.parametrize("name, budget", [("h2o", "20"), ("recency", "30"), ("scissorhands", "40")])
+def test_answers_are_what_greedy_generation_under_the_cache_says(lm, name, budget):
+    """The answer's tokens must not see what reading the question has evicted, as they would in one extend."""
+    policy, context = make_policy(name), list(FILLER[:200].encode())
+    length, agreed = len(context) + 24, 0
+    small = plan(lm.config, policy, budget, lengths=[length], dtype="float32")
+    whole = plan(lm.config, Full(observe=(policy,)), None, lengths=[length], dtype="float32")
+    _, full = read(lm.params, [context], new_state(lm.config, whole, [length]), config=lm.config)
+    for seed in range(8):
+        ask = np.random.default_rng(seed).integers(0, 256, 16).tolist()
+        begin = lambda: compress(jax.tree.map(jnp.copy, full), policy, slots=small.slots, limits=small.limits[:, 0])
+        hidden, state = read(lm.params, [ask], begin(), config=lm.config)
+        stops = build_stops([], [], set(), lm.config.vocab_size)
+        request = Request(samplings=[Sampling()], max_new_tokens=[5], stops=stops)
+        made, *_ = collect(run(lm.params, hidden, state, request, config=lm.config, prompts=[ask]), 0.0)
+        said = made[0].token_ids
+        assert _answers(lm, ask, said, 16, begin())
+        assert not _answers(lm, ask, [*said[:-1], (said[-1] + 1) % 256], 16, begin())
+        agreed += len(set(said)) > 1
+    assert agreed  # the model does not always say the same byte
 
 
 @pytest.mark.parametrize(

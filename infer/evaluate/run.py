@@ -22,8 +22,9 @@ import numpy as np
 
 from infer.evaluate import metrics
 from infer.evaluate.tasks import TASKS, Context, encode_context, load_samples, make_samples
+from infer.prefill import new_state
 from jaxkv import decoder
-from jaxkv.cache import compress, decode, empty_state, extend
+from jaxkv.cache import compress, decode, extend
 from jaxkv.cache.budgets import Plan, parse_budget, plan, slot_grid
 from jaxkv.policies import Full, Policy, make_policy
 
@@ -88,7 +89,7 @@ def evaluate(
 
     Language modelling: after `context` tokens the cache is compressed, then `next_tokens` given tokens go through the
     decode path one by one, evicting as in generation, and each prediction is compared with the full cache's. Questions:
-    right iff every token of the answer is the most likely one, which is when greedy generation starts with the answer.
+    right iff greedy generation after the question starts with the answer.
 
     Args:
       lm: has `config`, `params` and `tokenizer` (`encode`, `token_bytes`).
@@ -241,7 +242,7 @@ def _language(lm, cases, plans, tokens, context, spans, observe, price, steps) -
     prompt, given, targets = tokens[:, :context], tokens[:, context:-1], tokens[:, context + 1 :]
     sizes = [len(piece) for piece in lm.tokenizer.token_bytes()]
     byte_count = sum(sizes[token] for token in targets.ravel())
-    state = empty_state(lm.config, full.spec, limits=full.limits, lengths=spans)
+    state = new_state(lm.config, full, spans)
     _, state = extend(lm.params, jnp.asarray(prompt), state, config=lm.config)
     jax.block_until_ready(state)
     steps("excerpts read")
@@ -308,11 +309,10 @@ def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, st
     """Per case: task -> whether each question was answered right. One context is in memory at a time."""
     everything = [q for group in questions for q in group]
     width = lambda sizes: -(-max(sizes) // QUESTION_GRID) * QUESTION_GRID
-    first, answers = width(len(q.ask) + len(q.answer) for q in everything), max(len(q.answer) for q in everything)
-    second = width(1 + len(q.answer) for q in everything)
+    asked = width([len(q.ask) for q in everything])
     scores: list[dict[str, list[bool]]] = [{} for _ in cases]
     for index, (prompt, group, length) in enumerate(zip(prompts, questions, lengths, strict=True)):
-        state = empty_state(lm.config, full.spec, limits=full.limits[:, :, index : index + 1], lengths=[length])
+        state = new_state(lm.config, full, [length], row=index)
         _, state = _extend_padded(lm, prompt, slot_grid(len(prompt)), state)
         jax.block_until_ready(state)
         steps(f"context {index + 1} of {len(prompts)} read")
@@ -323,15 +323,15 @@ def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, st
             for q in group:
                 seen = _copy(state)
                 if q.ask[:-1]:
-                    _, seen = _extend_padded(lm, q.ask[:-1], first, seen)
+                    _, seen = _extend_padded(lm, q.ask[:-1], asked, seen)
                 for k, score in enumerate(scores):
-                    right = _answers(lm, q.ask[-1:], q.answer, second, answers, shrink(seen, k))
+                    right = _answers(lm, q.ask[-1:], q.answer, 1, shrink(seen, k))
                     score.setdefault(q.task, []).append(right)
         for k, score in enumerate(scores):
             if protocol == COMPRESS_THEN_ASK:
                 small = shrink(state, k)
                 for q in group:
-                    right = _answers(lm, q.ask, q.answer, first, answers, _copy(small))
+                    right = _answers(lm, q.ask, q.answer, asked, _copy(small))
                     score.setdefault(q.task, []).append(right)
             steps(f"{cases[k].label}: context {index + 1} of {len(prompts)}")
     return scores
@@ -349,18 +349,25 @@ def _extend_padded(lm, ids, width, state):
     return extend(lm.params, jnp.asarray(tokens), state, config=lm.config, valid=valid)
 
 
-def _answers(lm, ask, answer, width, answers, state) -> bool:
-    """Whether each token of the answer is the most likely one after `ask` and the answer so far. Consumes the state."""
-    hidden, _ = _extend_padded(lm, [*ask, *answer], width, state)
-    at = len(ask) - 1 + np.minimum(np.arange(answers), len(answer) - 1)
-    best = np.asarray(_most_likely(lm.params, hidden, jnp.asarray(at, jnp.int32), config=lm.config))
-    return best[: len(answer)].tolist() == answer
+def _answers(lm, ask, answer, width, state) -> bool:
+    """Whether greedy generation after `ask` starts with the answer. Consumes the state.
+
+    The answer's tokens go in one by one, as in generation: what reading the question evicts, they do not see.
+    """
+    hidden, state = _extend_padded(lm, ask, width, state)
+    for index, token in enumerate(answer):
+        last = jnp.asarray(len(ask) - 1 if index == 0 else 0, jnp.int32)
+        if int(_most_likely(lm.params, hidden, last, config=lm.config)) != token:
+            return False
+        if index + 1 < len(answer):
+            hidden, state = extend(lm.params, jnp.asarray([[token]], jnp.int32), state, config=lm.config)
+    return True
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _most_likely(params, hidden, at, *, config):
-    """The most likely next tokens [A] after positions `at` [A] of hidden [1, T, D]."""
-    return decoder.logits(params, hidden[0, at], config=config).argmax(axis=-1)
+    """The most likely next token after position `at` of hidden [1, T, D]."""
+    return decoder.logits(params, jnp.take(hidden[0], at, axis=0), config=config).argmax()
 
 
 def _add_accuracy(row: dict[str, Any], score: dict[str, list[bool]]) -> None:

@@ -102,15 +102,20 @@ def slot_grid(tokens: int, *, down: bool = False) -> int:
     return max(1, tokens // step) * step if down else -(-tokens // step) * step
 
 
-def plan(config: DecoderConfig, policy: Policy, budget, *, lengths: list[int], dtype: str) -> Plan:
+def plan(
+    config: DecoderConfig, policy: Policy, budget, *, lengths: list[int], dtype: str, layer_weights=None
+) -> Plan:  # fmt: skip
     """The cache of one layer after another for rows of these planned total lengths (prompt plus new tokens).
 
+    Args: layer_weights: None (uniform), or a number > 0 per layer: a layer gets budget * weight / mean(weights), at
+      most the length of the row and its own window; what it cannot use is not given to others.
     Raises: ValueError for a budget that cannot hold the protected tokens, with the least that can; for `full` with less
-      than everything.
+      than everything; for weights that do not fit the model.
     """
     asked = parse_budget(budget)
     longest, note = max(lengths), ""
-    build = lambda wanted: _build(config, policy, wanted, lengths, dtype)
+    weights = _relative(layer_weights, config.num_layers)
+    build = lambda wanted: _build(config, policy, wanted, lengths, dtype, weights)
     if asked.kind == "share":
         wanted = [max(1, math.ceil(asked.amount * n)) for n in lengths]
         small = [n for n in wanted if n < policy.least_budget]
@@ -120,7 +125,7 @@ def plan(config: DecoderConfig, policy: Policy, budget, *, lengths: list[int], d
     elif asked.kind == "tokens":
         wanted = [int(asked.amount)] * len(lengths)
     else:
-        wanted = [_tokens_in(config, policy, asked.amount, longest, dtype, asked.text)] * len(lengths)
+        wanted = [_tokens_in(config, policy, asked.amount, longest, dtype, asked.text, weights)] * len(lengths)
     if asked.kind != "share" and min(wanted) < policy.least_budget and min(wanted) < longest:
         raise ValueError(
             f"budget {asked.text} gives {min(wanted)} tokens per kv head and layer, less than the {policy.least_budget}"
@@ -130,29 +135,50 @@ def plan(config: DecoderConfig, policy: Policy, budget, *, lengths: list[int], d
     if all(w >= n for w, n in zip(wanted, lengths, strict=True)):
         if asked.kind != "share":
             note = f"budget {asked.text} holds all {longest} tokens, so nothing is evicted"
-        wanted = list(lengths)
+        wanted, weights = list(lengths), [1.0] * config.num_layers
     elif isinstance(policy, Full):
         raise ValueError(
             f"the full cache of {longest} tokens does not fit budget {asked.text}; leave the budget out, or choose an"
             " evicting policy"
         )
+    elif layer_weights is not None:
+        thin = min(range(config.num_layers), key=lambda index: weights[index])
+        if min(_tokens_of(w, n, weights[thin]) for w, n in zip(wanted, lengths, strict=True)) < policy.least_budget:
+            raise ValueError(
+                f"budget {asked.text} with these layer_weights gives layer {thin} fewer than the {policy.least_budget}"
+                f" tokens that {policy.name!r} protects; give it more weight or the cache a larger budget"
+            )
     spec, size, limits = build(wanted)
-    kept = sum(
-        min(w, n if c.window is None else min(n, c.window)) for w, n in [(max(wanted), longest)] for c in config.layers
-    )
+    kept = limits[:, 0, lengths.index(longest)].sum()
     full = sum(longest if c.window is None else min(longest, c.window) for c in config.layers)
     return Plan(
         spec=spec, limits=limits, slots=[s.tiers[0].slots for s in spec], bytes_per_row=size,
-        share=min(1.0, kept / full), note=note,
+        share=float(min(1.0, kept / full)), note=note,
     )  # fmt: skip
 
 
-def _build(config, policy, wanted, lengths, dtype, slots=None):
+def _relative(layer_weights, layers: int) -> list[float]:
+    """Weights over their mean."""
+    if layer_weights is None:
+        return [1.0] * layers
+    weights = [float(w) for w in layer_weights]
+    if len(weights) != layers or not all(0 < w < math.inf for w in weights):
+        raise ValueError(f"layer_weights must be {layers} numbers > 0, one per layer, got {weights}")
+    return [w * layers / sum(weights) for w in weights]
+
+
+def _tokens_of(wanted: int, length: int, weight: float) -> int:
+    """What a layer of this weight gets of `wanted` tokens; a uniform layer keeps exactly what was asked for."""
+    return wanted if weight == 1.0 else max(1, min(length, int(wanted * weight)))
+
+
+def _build(config, policy, wanted, lengths, dtype, weights):
     scheme = (SCHEME[dtype], SCHEME[dtype])
     spec, limits = [], []
-    for layer in config.layers:
-        cap = [w if layer.window is None else min(w, layer.window) for w in wanted]
-        size = slots or slot_grid(max(cap))
+    for layer, weight in zip(config.layers, weights, strict=True):
+        cap = [_tokens_of(w, n, weight) for w, n in zip(wanted, lengths, strict=False)]
+        cap = [w if layer.window is None else min(w, layer.window) for w in cap]
+        size = slot_grid(max(cap))
         size = size if layer.window is None else min(size, slot_grid(layer.window))
         spec.append(LayerSpec(policy=policy, tiers=(TierSpec(slots=size, scheme=scheme),)))
         limits.append([cap])
@@ -160,15 +186,15 @@ def _build(config, policy, wanted, lengths, dtype, slots=None):
     return spec, state_bytes(config, spec), np.asarray(limits, np.int32)
 
 
-def _tokens_in(config, policy, budget, longest, dtype, text):
+def _tokens_in(config, policy, budget, longest, dtype, text, weights):
     """The largest allocation size whose bytes stay within the budget, by bisection over the grid."""
     low, high = 0, max(1, longest)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = _build(config, policy, [middle], [middle], dtype)[1] <= budget
+        fits = _build(config, policy, [middle], [longest], dtype, weights)[1] <= budget
         low, high = (middle, high) if fits else (low, middle - 1)
     if low == 0:
-        least = _build(config, policy, [policy.least_budget], [1], dtype)[1]
+        least = _build(config, policy, [policy.least_budget], [1], dtype, weights)[1]
         raise ValueError(f"budget {text} holds not one slot; the least for {policy.name!r} is {least} bytes")
     return low
 

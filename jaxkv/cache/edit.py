@@ -36,8 +36,9 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
     """`second` behind `first` in one state, its positions shifted by what `first` holds, its keys turned along.
 
     Both must have one tier per layer, of the same scheme and policy, and the same RoPE frequencies. The tier of the
-    result has the slots and limits of both. The tokens of `second` have not seen those of `first`.
-    Raises: ValueError for states that do not match.
+    result has the slots and limits of both; in a sliding-window layer the limit is at most the window, and what the next
+    token cannot see is empty. The tokens of `second` have not seen those of `first`.
+    Raises: ValueError for states that do not match; frequencies are compared outside jit only.
     """
     for name, a, b in (
         ("rows", first.next_position.shape, second.next_position.shape),
@@ -52,12 +53,28 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
     ):
         if a != b:
             raise ValueError(f"concat of states with different {name}: {a} and {b}")
+    for kind, a, b in zip(config.ropes, first.rotary, second.rotary, strict=True):
+        arrays = jax.tree.leaves((a, b))
+        if not any(isinstance(x, jax.core.Tracer) for x in arrays) and any(
+            (x != y).any() for x, y in zip(arrays[:2], arrays[2:], strict=True)
+        ):
+            raise ValueError(
+                f"concat of states with different RoPE frequencies ({kind.kind}): they depend on the length that a state"
+                " is made for; make both with the same `lengths`"
+            )
     shift = first.next_position
+    newest = shift + second.next_position - 1
     layers = []
     for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
         rotary = second.rotary[config.ropes.index(config.layers[index].rope)]
-        tiers = (_join(a.tiers[0], b.tiers[0], shift + second.offsets[0] - first.offsets[0], rotary),)
-        layers.append(LayerState(tiers=tiers, row=a.row, policy=a.policy))
+        tier = _join(a.tiers[0], b.tiers[0], shift + second.offsets[0] - first.offsets[0], rotary)
+        window = config.layers[index].window
+        if window is not None:
+            gone = (newest + 1 - first.offsets[0])[:, None, None] - tier.positions >= window
+            tier = dataclasses.replace(
+                tier, positions=jnp.where(gone, EMPTY, tier.positions), limit=jnp.minimum(tier.limit, window)
+            )
+        layers.append(LayerState(tiers=(tier,), row=a.row, policy=a.policy))
     return State(
         layers=tuple(layers),
         offsets=first.offsets,

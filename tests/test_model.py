@@ -1,0 +1,121 @@
+"""`infer.LanguageModel` on a tiny random model without a tokenizer: what needs no text."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from cache_harness import WHOLE, tiny
+
+from infer.model import LanguageModel
+from infer.sampling import Sampling
+from jaxkv.checkpoints import Checkpoint
+from jaxkv.checkpoints.generation_config import Generation
+from jaxkv.config import RopeConfig
+from jaxkv.decoder import init_params
+
+DYNAMIC = RopeConfig(kind="dynamic", theta=100.0, rotary_dim=8, factor=2.0, original_max_positions=64)
+
+
+def model(rope=None, **changes):
+    config = dataclasses.replace(tiny(*[dataclasses.replace(WHOLE, rope=rope or WHOLE.rope)] * 4), **changes)
+    checkpoint = Checkpoint(
+        config=config,
+        params=init_params(config, jax.random.key(1)),
+        tokenizer=None,
+        generation=Generation(),
+        source=pathlib.Path(),
+    )
+    return LanguageModel(checkpoint, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return model()
+
+
+PROMPT = list(range(3, 43))
+
+
+def test_one_sampling_per_prompt(lm):
+    """Each row draws as it would alone with its own settings."""
+    ways = [Sampling(temperature=2.0, seed=5), Sampling(), Sampling(temperature=2.0, seed=6)]
+    together = lm.generate([PROMPT] * 3, max_new_tokens=8, sampling=ways)
+    alone = [lm.generate([PROMPT], max_new_tokens=8, sampling=way)[0] for way in ways]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert together[0].token_ids != together[2].token_ids
+    with pytest.raises(ValueError, match="one per prompt: 3, got 2"):
+        lm.generate([PROMPT] * 3, sampling=ways[:2])
+
+
+def test_logprobs_are_those_of_the_plain_forward(lm):
+    out = lm.generate([PROMPT], max_new_tokens=6, logprobs=True)[0]
+    logits = np.asarray(lm.logits([PROMPT + out.token_ids]), np.float64)[0, len(PROMPT) - 1 : -1]
+    shares = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    expected = shares[np.arange(6), out.token_ids]
+    np.testing.assert_allclose(out.logprobs, expected, atol=2e-5)
+    assert lm.generate([PROMPT], max_new_tokens=2)[0].logprobs is None
+
+
+@pytest.mark.parametrize("prompt", [[True, 2], [1.5], [[1]], ["a", 3]])
+def test_ids_must_be_whole_numbers(lm, prompt):
+    with pytest.raises(ValueError, match="neither a string nor a list of integer token ids"):
+        lm.generate([prompt])
+
+
+def test_memory_is_checked_for_all_samples(lm, monkeypatch):
+    """Before anything is allocated, and for every copy that will be made."""
+    lengths = [len(PROMPT) + 8]
+    one = lm.plan("full", None, lengths=lengths).bytes_per_row
+    monkeypatch.setattr("infer.prefill.free_bytes", lambda: 2 * one)
+    monkeypatch.setattr("infer.model.read", lambda *a, **k: pytest.fail("read before the check"))
+    with pytest.raises(MemoryError, match="3 sequences"):
+        lm.generate([PROMPT], max_new_tokens=8, samples=3)
+    with pytest.raises(MemoryError, match="5 sequences"):
+        lm.generate([PROMPT] * 5, max_new_tokens=8)
+
+
+def test_layer_weights(lm):
+    """Later layers get less; the bytes stay those of a uniform cache, to the step of the allocation."""
+    weights = [4, 3, 2, 1]
+    planned = lm.plan("recency", 100, lengths=[1000], layer_weights=weights)
+    assert planned.limits[:, 0, 0].tolist() == [160, 120, 80, 40]
+    assert planned.share == pytest.approx(0.1, abs=1e-9)
+    size = lm.plan("recency", "64KiB", lengths=[1000], layer_weights=weights)
+    assert 0.7 * 2**16 < size.bytes_per_row <= 2**16
+    assert (np.diff(size.limits[:, 0, 0]) < 0).all()
+    whole = lm.plan("recency", None, lengths=[50], layer_weights=weights)
+    assert (whole.limits == 50).all()
+    out = lm.generate([PROMPT], max_new_tokens=4, cache="recency", budget=20, layer_weights=weights)
+    assert len(out[0].token_ids) == 4 and "8 to 32 tokens" in out[0].stats["cache"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1, 2], "4 numbers > 0, one per layer"),
+        ([1, 1, 1, 0], "4 numbers > 0"),
+        ([1, 1, 1, float("nan")], "4 numbers > 0"),
+        ([9, 9, 9, 0.1], "gives layer 3 fewer than the"),
+    ],
+)
+def test_layer_weights_refused(lm, weights, message):
+    with pytest.raises(ValueError, match=message):
+        lm.plan("recency", 20, lengths=[1000], layer_weights=weights)
+
+
+def test_past_the_window_only_if_asked():
+    """RoPE is made for the length asked for: the dynamic kind then differs from the short one, as it must."""
+    lm, long = model(DYNAMIC, max_positions=64), list(range(1, 61))
+    with pytest.raises(ValueError, match="take 100 positions, the model's window is 64"):
+        lm.generate([long], max_new_tokens=40)
+    out = lm.generate([long], max_new_tokens=40, streaming=True)[0]
+    assert len(out.token_ids) == 40
+    with pytest.raises(ValueError, match="window is 64"):
+        lm.logits([long + out.token_ids])
+    logits = np.asarray(lm.logits([long + out.token_ids], streaming=True))
+    assert logits.shape == (1, 100, 64)
+    assert logits[0, 59:-1].argmax(axis=-1).tolist() == out.token_ids
+    short = np.asarray(lm.logits([long]))
+    assert np.abs(short[0, 50] - logits[0, 50]).max() > 1e-3
