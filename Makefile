@@ -24,7 +24,8 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/footprint.py
 
 docs: .venv/ready
 	$(BIN)/pdoc --output-directory docs/api jaxkv pallas_kernels infer

@@ -6,6 +6,8 @@ import statistics
 import sys
 import time
 
+from common import versions
+
 STEPS, REPEATS = 16, 5
 
 
@@ -142,21 +144,6 @@ def llama_cpp(folder, case):
     return {"decode": 1 / statistics.median(times), "prefill": prefill}
 
 
-def versions(folder, case):
-    """Versions of what this interpreter has of the contenders."""
-    from importlib import metadata
-
-    names = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "llama_cpp_python")
-    found = {name: metadata.version(name) for name in names if _installed(name)}
-    return {"python": sys.version.split()[0], **found}
-
-
-def _installed(name):
-    from importlib import metadata
-
-    return any(d.metadata["Name"].replace("-", "_").lower() == name for d in metadata.distributions())
-
-
 def _times(run):
     times = []
     for _ in range(REPEATS):
@@ -175,4 +162,4 @@ if __name__ == "__main__":
         "transformers": transformers,
         "llama.cpp": llama_cpp,
     }
-    print(json.dumps(versions(folder, case) if what.endswith("versions") else table[what](folder, case)))
+    print(json.dumps(versions() if what.endswith("versions") else table[what](folder, case)))

@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+
+from common import record
 
 HERE = pathlib.Path(__file__).parent
 THREADS = {"OMP_NUM_THREADS": "2", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true"}
@@ -51,18 +52,15 @@ def main():
                     seen[contender].append(measure(python, contender, folder, **case))
             rows.append(row(name, seen, bandwidth))
             print(json.dumps(rows[-1]), flush=True)
-        versions = {c: measure(python, f"{c} versions", folder) for c, python in contenders.items()}
-    result = {
-        "title": "Speed on SmolLM2-135M, float32, batch 1, 2 threads (median of rounds, tokens/s)",
-        "command": f"python benchmarks/speed.py --transformers-python PY --llama-python PY --rounds {arguments.rounds}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
-        "machine": f"{os.cpu_count()} shared {platform.machine()} cores, read bandwidth {bandwidth:.1f} GB/s",
-        "versions": versions,
-        "rows": rows,
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        peers = {c: measure(python, f"{c} versions", folder) for c, python in contenders.items() if c != "jaxkv"}
+    record(
+        arguments.out,
+        title="Speed on SmolLM2-135M, float32, batch 1, 2 threads (median of rounds, tokens/s)",
+        command=f"python benchmarks/speed.py --transformers-python PY --llama-python PY --rounds {arguments.rounds}",
+        machine=f"read bandwidth {bandwidth:.1f} GB/s",
+        peers=peers,
+        rows=rows,
+    )
 
 
 def row(name, seen, bandwidth):

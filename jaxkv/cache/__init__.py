@@ -5,6 +5,7 @@ hidden, state = extend(params, tokens, state, config=config, valid=valid)     # 
 hidden, state = decode(params, token, state, config=config, valid=running)    # one token, inside a jitted loop
 """
 
+from jaxkv.cache.attend import attend_decode, attend_extend, make_context
 from jaxkv.cache.compress import compress
 from jaxkv.cache.edit import concat, drop
 from jaxkv.cache.extend import decode, extend, forward
@@ -12,6 +13,8 @@ from jaxkv.cache.insert import insert
 from jaxkv.cache.state import empty_state, live_count, live_slots, tier_keys, tier_values
 
 __all__ = [
+    "attend_decode",
+    "attend_extend",
     "compress",
     "concat",
     "decode",
@@ -22,6 +25,7 @@ __all__ = [
     "insert",
     "live_count",
     "live_slots",
+    "make_context",
     "tier_keys",
     "tier_values",
 ]
