@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from jaxkv.checkpoints import CheckpointError, Generation, read_config
-from jaxkv.checkpoints.generation_config import parse_generation
+from jaxkv.checkpoints.generation_config import generation_to_json, parse_generation
 from jaxkv.checkpoints.huggingface_config import config_to_json, parse_config
 from jaxkv.config import LayerConfig, RopeConfig
 
@@ -114,7 +114,7 @@ REFUSED = [  # (base case, changes, what the message must name)
     ("llama2", {"residual_multiplier": 0.2}, ["residual_multiplier", "0.2", "not known"]),
     ("llama2", {"hidden_act": "relu"}, ["relu", "silu, swish, gelu"]),
     ("llama2", {"hidden_size": "32"}, ["hidden_size", "'32'", "whole number"]),
-    ("llama2", {"num_key_value_heads": 3}, ["num_kv_heads 3"]),
+    ("llama2", {"num_key_value_heads": 3}, ["num_attention_heads", "4", "num_key_value_heads = 3"]),
     ("llama2", {"layer_types": ["sliding_attention", "full_attention"]}, ["layer_types", "llama"]),
     ("qwen2", {"layer_types": ["chunked_attention"] * 2}, ["chunked_attention", "full_attention, sliding_attention"]),
     ("qwen2", {"layer_types": ["full_attention"]}, ["1 entries", "2"]),
@@ -147,6 +147,75 @@ def test_unsupported_configurations_are_refused_by_name(case, changes, named):
         assert word in str(caught.value)
 
 
+WRONG_VALUES = [  # (base case, field, or field inside rope_parameters; wrong values; what is accepted)
+    ("llama2", "head_dim", ["64", 0, -8, 8.0, True, [8], 2**31], "a whole number from 1 up"),
+    ("llama2", "hidden_size", ["32", 0, -32, math.nan, math.inf], "a whole number from 1 up"),
+    ("llama2", "num_hidden_layers", [-2, 2.5, {}], "a whole number from 1 up"),
+    ("llama2", "num_key_value_heads", [0, -4, "4"], "a whole number from 1 up"),
+    ("llama2", "max_position_embeddings", [0, "long"], "a whole number from 1 up"),
+    ("llama2", "rms_norm_eps", [-1, 0, math.nan, math.inf, "1e-6", True, 10**400], "a finite number above 0"),
+    ("llama2", "tie_word_embeddings", ["false", 0, 1, []], "true or false"),
+    ("llama2", "attention_bias", ["yes", 1], "true or false"),
+    ("llama2", "architectures", [5, "LlamaForCausalLM", [5]], "a list of strings"),
+    ("llama2", "model_type", [["llama"], 5], "a string"),
+    ("llama2", "hidden_act", [["silu"], 1], "a string"),
+    ("llama2", "rope_theta", ["1e4", 0, 1, -1e4, math.nan], "a finite number above 1"),
+    ("llama2", "rope_scaling", [[1], "linear", 4.0], "an object"),
+    ("qwen2", "layer_types", [5, "full_attention", [None, 1]], "a list of strings"),
+    ("qwen2", "sliding_window", [-1, "4", 2.5], "a whole number from 0 up"),
+    ("qwen2", "use_sliding_window", ["true"], "true or false"),
+    ("qwen2", "max_window_layers", [-1, "all"], "a whole number from 0 up"),
+    ("gemma2", "query_pre_attn_scalar", [0, -1, "16"], "a finite number above 0"),
+    ("gemma2", "attn_logit_softcapping", [0.0, -5.0, "50", math.nan], "a finite number above 0"),
+    ("gemma3", "sliding_window_pattern", [0, [1]], "a whole number from 1 up"),
+    ("gemma3", "rope_local_base_freq", [0, "1e4"], "a finite number above 1"),
+    ("gemma3", "rope_parameters.full_attention", [5, "default"], "an object"),
+    ("phi3", "partial_rotary_factor", [0, -0.5, 1.5, "half"], "a number above 0 and at most 1"),
+    ("phi3", "original_max_position_embeddings", [0, "4k"], "a whole number from 1 up"),
+    ("llama-linear", "rope_parameters.factor", [[1], "x", 0.0, -4.0, math.nan, True], "a finite number above 0"),
+    ("llama-linear", "rope_parameters.rope_type", [5, ["linear"]], "a string"),
+    ("llama-yarn", "rope_parameters.beta_fast", [0, "32"], "a finite number above 0"),
+    ("llama-yarn", "rope_parameters.truncate", ["no", 1], "true or false"),
+    ("llama-yarn-mscale", "rope_parameters.mscale", ["1", [1], math.inf], "a finite number"),
+    ("llama3", "rope_parameters.low_freq_factor", [0, "1"], "a finite number above 0"),
+    ("phi3-longrope-long", "rope_parameters.short_factor", [5, "x", [1, "2"], [0.0] * 8], "a list of finite numbers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "value", "accepted"),
+    [(case, field, value, accepted) for case, field, values, accepted in WRONG_VALUES for value in values],
+    ids=lambda value: str(value)[:30],
+)
+def test_values_of_a_wrong_kind_are_refused(case, field, value, accepted):
+    """The message has the field, the value and what is accepted."""
+    fields = golden_config(case)
+    outer, _, inner = field.partition(".")
+    fields[outer] = fields[outer] | {inner: value} if inner else value
+    with pytest.raises(CheckpointError) as caught:
+        parse_config(fields)
+    for word in (repr(inner or outer), accepted, repr(value)[:80]):
+        assert word in str(caught.value)
+
+
+def test_sizes_that_do_not_fit_each_other_are_refused():
+    fields = {"model_type": "llama", "hidden_size": 33, "num_attention_heads": 4}
+    with pytest.raises(CheckpointError, match="'hidden_size' = 33 must be a multiple of num_attention_heads = 4, or"):
+        parse_config(fields)
+    assert parse_config(fields | {"head_dim": 8}).head_dim == 8
+    with pytest.raises(
+        CheckpointError, match="'num_attention_heads' = 4 must be a multiple of num_key_value_heads = 3"
+    ):
+        parse_config(fields | {"head_dim": 8, "num_key_value_heads": 3})
+    parameters = golden_config("llama3")["rope_parameters"] | {"high_freq_factor": 1.0, "low_freq_factor": 1.0}
+    with pytest.raises(CheckpointError, match="'high_freq_factor' = 1.0 must exceed low_freq_factor = 1.0"):
+        parse_config(golden_config("llama3") | {"rope_parameters": parameters})
+    outer = {"model_type": "gemma3", "tie_word_embeddings": "false", "text_config": golden_config("gemma3")}
+    for changed in (outer, outer | {"tie_word_embeddings": True, "text_config": 5}):
+        with pytest.raises(CheckpointError, match=r"'(tie_word_embeddings|text_config)' must be (true or|an object)"):
+            parse_config(changed)
+
+
 def test_what_transformers_cannot_express_is_not_written():
     config = parse_config(golden_config("llama2"))
     windowed = dataclasses.replace(config, layers=(dataclasses.replace(config.layers[0], window=8),) * 2)
@@ -171,3 +240,36 @@ def test_generation():
     for wrong in ("2", -1, [True], 2.5):
         with pytest.raises(CheckpointError, match="eos_token_id"):
             parse_generation({"eos_token_id": wrong}, {})
+    with pytest.raises(CheckpointError, match="'text_config' must be an object"):
+        parse_generation({}, {"text_config": 5})
+
+
+CONSTRAINTS = {
+    "suppress_tokens": [1, 2], "begin_suppress_tokens": [220], "no_repeat_ngram_size": 3, "forced_bos_token_id": 5,
+    "forced_eos_token_id": [6], "bad_words_ids": [[7, 8]], "min_length": 4, "min_new_tokens": 1, "num_beams": 4,
+    "repetition_penalty": 1.1, "stop_strings": ["é="], "something_of_next_year": True,
+}  # fmt: skip
+NEUTRAL = {
+    "suppress_tokens": [], "begin_suppress_tokens": None, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1,
+    "repetition_penalty": 1.0, "early_stopping": False, "sequence_bias": {}, "renormalize_logits": False,
+    "max_length": 4096, "use_cache": True, "_from_model_config": True, "transformers_version": "5.2.0",
+}  # fmt: skip
+
+
+def test_constraints_on_the_text_are_named():
+    """Nothing that would change a greedy text is dropped in silence, a field unknown today included."""
+    found = parse_generation(CONSTRAINTS | {"temperature": 0.6, "do_sample": True}, {})
+    assert sorted(name.partition("=")[0] for name in found.ignored) == sorted(CONSTRAINTS)
+    assert "suppress_tokens=[1, 2]" in found.ignored and 'stop_strings=["é="]' in found.ignored
+    assert found.sampling == {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1}
+    assert parse_generation(generation_to_json(found), {}) == found
+    assert parse_generation(NEUTRAL, {}).ignored == ()
+    for name, value in CONSTRAINTS.items():
+        assert len(parse_generation(NEUTRAL | {name: value}, {}).ignored) == 1
+
+
+def test_settings_in_an_old_config_json():
+    old = {"hidden_size": 32, "no_repeat_ngram_size": 3, "num_beams": 1, "top_k": 50, "eos_token_id": 2}
+    expected = Generation((2,), sampling={"top_k": 50}, ignored=("no_repeat_ngram_size=3",))
+    assert parse_generation({}, old) == expected
+    assert parse_generation({"eos_token_id": 2}, old) == Generation((2,))

@@ -209,10 +209,36 @@ def test_yarn(tmp_path):
     assert (rope.kind, rope.factor, rope.original_max_positions, rope.beta_fast) == ("yarn", 4.0, 32, 32.0)
 
 
+def test_sentencepiece_vocabulary(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", "<end_of_turn>", "\u2581", "a", "b", "\u2581a", *(f"<{n}>" for n in range(56))]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(n) for n in range(64)],
+        "tokenizer.ggml.token_type": [2, 3, 3, 3] + [1] * 4 + [3] * 56,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.eot_token_id": None,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    found = open_checkpoint(write_gguf(tmp_path / "a.gguf", "llama", "llama2", metadata=metadata), dtype="float32")
+    assert found.tokenizer.encode("b ab", add_bos=True) == [1, 6, 7, 6] and found.tokenizer.add_bos
+    assert found.tokenizer.decode([7, 6]) == " ab" and found.generation.eos_ids == (2, 3)
+    metadata["tokenizer.ggml.add_space_prefix"] = None
+    found = open_checkpoint(write_gguf(tmp_path / "b.gguf", "llama", "llama2", metadata=metadata), dtype="float32")
+    assert found.tokenizer.encode("ab") == [7, 6] and found.tokenizer.decode([7, 6]) == "ab"
+
+
 REFUSED = [
     ({"general.architecture": "mamba"}, ["'mamba'", "llama, qwen2, qwen3, gemma2, gemma3, phi3"]),
     ({"llama.expert_count": 8}, ["llama.expert_count", "8"]),
-    ({"llama.attention.head_count": [4, 2]}, ["num_attention_heads", "one number"]),
+    ({"llama.attention.head_count": [4, 2]}, ["'llama.attention.head_count'", "whole number from 1 up", "[4, 2]"]),
+    ({"llama.attention.head_count": 0}, ["'llama.attention.head_count'", "whole number from 1 up", "got 0"]),
+    ({"llama.context_length": "long"}, ["'llama.context_length'", "whole number from 1 up", "'long'"]),
+    ({"llama.rope.freq_base": float("nan")}, ["'llama.rope.freq_base'", "finite number above 1", "nan"]),
+    ({"llama.rope.scaling.type": 3}, ["'llama.rope.scaling.type'", "a string", "3"]),
+    ({"llama.attention.layer_norm_rms_epsilon": -1.0}, ["layer_norm_rms_epsilon'", "finite number above 0", "-1.0"]),
+    ({"tokenizer.ggml.eos_token_id": "2"}, ["'tokenizer.ggml.eos_token_id'", "whole number from 0 up", "'2'"]),
     ({"llama.attention.layer_norm_rms_epsilon": None}, ["llama.attention.layer_norm_rms_epsilon", "missing"]),
     ({"llama.attention.value_length": 4}, ["values of another size"]),
     ({"llama.attention.sliding_window": 64}, ["sliding_window", "64"]),
@@ -221,9 +247,13 @@ REFUSED = [
     ({"llama.rope.scaling.attn_factor": 1.5}, ["attn_factor", "1.5"]),
     ({"llama.logit_scale": 0.5}, ["llama.logit_scale", "0.5"]),
     ({"split.count": 3}, ["one of 3 parts"]),
-    ({"tokenizer.ggml.model": "llama"}, ["tokenizer.ggml.model 'llama'", "gpt2"]),
+    ({"tokenizer.ggml.model": "t5"}, ["tokenizer.ggml.model 't5'", "'gpt2' (byte-level BPE), 'llama'"]),
+    ({"tokenizer.ggml.model": "llama"}, ["tokenizer.ggml.scores", "missing"]),
+    ({"tokenizer.ggml.token_type": [1]}, ["tokenizer.ggml.token_type has 1 entries for 64 tokens"]),
     ({"tokenizer.ggml.pre": "tekken"}, ["tokenizer.ggml.pre 'tekken'", "gpt-2, smollm, llama-bpe, qwen2"]),
     ({"tokenizer.ggml.merges": None}, ["tokenizer.ggml.merges", "missing"]),
+    ({"tokenizer.ggml.merges": ["a c"]}, ["merge 'a c'", "tokenizer.ggml.merges"]),
+    ({"tokenizer.ggml.merges": ["ab"]}, ["merge 'ab'", "tokenizer.ggml.merges"]),
     ({"tokenizer.ggml.eos_token_id": 64}, ["eos id 64", "64 tokens"]),
 ]
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from jaxkv.checkpoints import CheckpointError, load_tokenizer, named
 from jaxkv.checkpoints import Tokenizer as Wrapped
 from jaxkv.checkpoints.gguf import generation_of
-from jaxkv.checkpoints.gguf_file import read_gguf
+from jaxkv.checkpoints.gguf_file import GgufFile, read_gguf
 from jaxkv.checkpoints.gguf_tokenizer import _byte_level_bpe, tokenizer_of
 from jaxkv.checkpoints.tokenizer import byte_alphabet
 
@@ -117,16 +117,182 @@ def test_bytes_of_tokens():
 
 
 def test_bytes_of_sentencepiece_like_tokens():
-    vocab = {"<unk>": 0, "<0x0A>": 1, "<0xE4>": 2, "\u2581the": 3, "\u2581": 4, "cat": 7}
+    vocab = {"<unk>": 0, "<0x0A>": 1, "<0xE4>": 2, "\u2581the": 3, "\u2581": 4, "<0xyz>": 6, "cat": 9}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens(["</s>"])
+    backend.add_tokens(["\u2581\u2581"])
     table = Wrapped(backend).token_bytes()
-    assert table[1:5] == [b"\n", b"\xe4", b" the", b" "] and table[7] == b"cat" and table[6] == b"</s>"
-    assert table[5] == b""  # no token has this id
+    assert table[1:5] == [b"\n", b"\xe4", b" the", b" "] and table[6:8] == [b"<0xyz>", b"</s>"]
+    assert table[8] == b"  " and backend.decode([9, 8, 9]) == "cat  cat"  # the decoder treats added tokens alike
+    assert table[9] == b"cat" and table[5] == b""  # no token has this id
     backend.decoder = decoders.WordPiece()
     with pytest.raises(CheckpointError, match="WordPiece.*accepted: ByteLevel"):
         Wrapped(backend).token_bytes()
+
+
+# SentencePiece in a GGUF
+
+
+def sentencepiece(tokens, scores, types, *, architecture="llama", **metadata) -> Wrapped:
+    """The tokenizer of a GGUF with this vocabulary; metadata without "tokenizer.ggml."."""
+    values = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": types} | metadata
+    values = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+    file = GgufFile(pathlib.Path("model.gguf"), {"general.architecture": architecture} | values, {})
+    return tokenizer_of(file, generation_of(file))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """What llama.cpp makes of 260 texts; `goldens/sentencepiece_golden.py` wrote it."""
+    stored = np.load(GOLDENS / "sentencepiece.npz")
+    unpacked = {name: json.loads(stored[name].tobytes()) for name in ("vocabulary", "texts", "pieces")}
+    for variant in ("prefix", "phi3", "plain"):
+        ends = np.cumsum(stored[f"lengths_{variant}"])[:-1]
+        unpacked[variant] = [row.tolist() for row in np.split(stored[f"ids_{variant}"], ends)]
+    return unpacked
+
+
+def golden_tokenizer(golden, variant) -> Wrapped:
+    further = ["\n\n", "  ", "    "] if variant == "plain" else []  # as Gemma's files have them
+    words = dict(golden["vocabulary"])
+    words["tokens"] = words["tokens"] + further
+    words["scores"] = words["scores"] + [-1000.0] * len(further)
+    words["types"] = words["types"] + [4] * len(further)
+    architecture = "phi3" if variant == "phi3" else "llama"
+    return sentencepiece(**words, architecture=architecture, add_space_prefix=False if variant == "plain" else None)
+
+
+@pytest.mark.parametrize("variant", ["prefix", "phi3", "plain"])
+def test_sentencepiece_as_llama_cpp_does_it(golden, variant):
+    tokenizer = golden_tokenizer(golden, variant)
+    assert len(golden["texts"]) == 260
+    for text, ids in zip(golden["texts"], golden[variant], strict=True):
+        assert tokenizer.encode(text) == ids, text
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos, tokenizer.add_eos) == (1, (2, 6), True, False)
+
+
+def test_sentencepiece_bytes(golden):
+    tokenizer = golden_tokenizer(golden, "plain")
+    table, unused = tokenizer.token_bytes(), golden["vocabulary"]["tokens"].index("<unused0>")
+    expected = [bytes.fromhex(piece) for piece in golden["pieces"]]
+    assert expected[unused] == b"" and table[unused] == b"<unused0>"  # llama.cpp gives unused tokens no bytes
+    assert [*table[:unused], *table[unused + 1 :]] == [*expected[:unused], *expected[unused + 1 :]]
+    assert {bytes([byte]) for byte in range(256)} <= set(table) and table[-3:] == [b"\n\n", b"  ", b"    "]
+
+
+@pytest.mark.parametrize("variant", ["prefix", "plain"])
+def test_sentencepiece_restores_texts(golden, variant, tmp_path):
+    tokenizer = golden_tokenizer(golden, variant)
+    table = tokenizer.token_bytes()
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.token_bytes() == table
+    cut = {index for index, kind in enumerate(golden["vocabulary"]["types"]) if kind in (2, 3, 4)}
+    for text in golden["texts"]:
+        ids = tokenizer.encode(text)
+        assert again.encode(text) == ids and again.decode(ids) == tokenizer.decode(ids)
+        if variant == "plain" or cut.isdisjoint(ids):  # after a cut the prefix is written once more
+            restored = text.replace("\u2581", " ")
+            assert tokenizer.decode(ids, skip_special=False) == restored
+            space = b" " if variant == "prefix" and text else b""
+            assert b"".join(table[index] for index in ids) == space + restored.encode()
+
+
+def small_vocabulary(*pieces: str) -> dict:
+    """Unknown, bos, eos, then the pieces; each score is lower than the one before."""
+    tokens = ["<unk>", "<s>", "</s>", *pieces]
+    return {"tokens": tokens, "scores": [-float(n) for n in range(len(tokens))], "types": [2, 3, 3] + [1] * len(pieces)}
+
+
+def test_sentencepiece_by_hand():
+    """The best score wins wherever its pair is, of equal pairs the left one; unknown characters become one token."""
+    tokenizer = sentencepiece(**small_vocabulary("bc", "ab", "dabc", "aa", "a", "b", "c", "d"), add_space_prefix=False)
+    for text, pieces in (
+        ("abc", ["a", "bc"]),
+        ("dabc", ["d", "a", "bc"]),  # "dabc" is a token, but no pair leads there
+        ("aaa", ["aa", "a"]),
+        ("aab", ["a", "ab"]),
+        ("xyb", ["<unk>", "b"]),
+    ):
+        assert [tokenizer.backend.id_to_token(index) for index in tokenizer.encode(text)] == pieces
+    assert tokenizer.special_ids == {0, 1, 2} and tokenizer.encode("<s>a") == [1, 7]
+
+
+def joined_by_score(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's rule itself: join the pair with the highest score, of equal ones the leftmost, until none is."""
+    parts = list(text)
+    while True:
+        pairs = [(scores[a + b], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in scores]
+        if not pairs:
+            return parts
+        place = -max(pairs)[1]
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+
+
+def test_merges_follow_the_scores():
+    """Random vocabularies, in which tokens have many cuts and overlap themselves, with scores in any order."""
+    draw = np.random.default_rng(0)
+    for _ in range(80):
+        pieces = ["a", "b"]
+        for _ in range(draw.integers(3, 20)):
+            pieces.append(str(draw.choice(pieces)) + str(draw.choice(pieces)))
+            pieces += ["a" * draw.integers(2, 9)] * draw.integers(0, 2)
+        words = small_vocabulary(*dict.fromkeys(pieces))
+        words["scores"][3:] = draw.permutation(len(words["tokens"]) - 3).astype(float).tolist()
+        scores = dict(zip(words["tokens"], words["scores"], strict=True))
+        tokenizer = sentencepiece(**words, add_space_prefix=False)
+        for _ in range(20):
+            text = "".join(draw.choice(["a", "b"], p=[0.8, 0.2], size=draw.integers(0, 40)))
+            assert tokenizer.backend.encode(text).tokens == joined_by_score(text, scores), (text, scores)
+
+
+def test_runs_with_equal_scores_are_joined_from_the_left():
+    """As Gemma's older files have them: spaces of every length, all with one score."""
+    runs = ["\u2581" * length for length in range(2, 6)]
+    words = small_vocabulary(*runs, "\u2581", "a")
+    words["scores"][3:7] = [-1000.0] * 4
+    tokenizer = sentencepiece(**words, add_space_prefix=False)
+    for length in range(1, 23):
+        assert tokenizer.encode(" " * length) == [6] * (length // 5) + [[], [7], [3], [4], [5]][length % 5]
+
+
+def test_added_tokens_of_sentencepiece():
+    words = small_vocabulary("\u2581a", "\u2581", "a", "\n", "<|user|>", "<end_of_turn>", "  ")
+    words["types"][7:] = [3, 3, 4]
+    tokenizer = sentencepiece(**words, architecture="phi3", add_bos_token=False, add_eos_token=True, eos_token_id=8)
+    assert (tokenizer.add_bos, tokenizer.add_eos, tokenizer.eos_ids) == (False, True, (8,))
+    assert tokenizer.special_ids == {0, 1, 2, 7, 8}
+    assert tokenizer.encode("<|user|>\n a<s>\na") == [7, 3, 1, 4, 6, 5]  # white space after Phi-3's tokens goes
+    assert tokenizer.encode("a  a") == [3, 9, 3] and tokenizer.token_bytes()[9] == b"  "
+    other = sentencepiece(**words)
+    assert other.encode("<|user|>\n a") == [7, 4, 6, 3] and other.eos_ids == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "t5"}, "tokenizer.ggml.model 't5' is not supported; accepted: 'gpt2'.*'llama'"),
+        ({"model": "bert"}, "tokenizer.ggml.model 'bert' is not supported"),
+        ({"model": None}, "tokenizer.ggml.model None is not supported"),
+        ({"scores": None}, r"tokenizer\.ggml\.scores is missing"),
+        ({"scores": [0.0]}, r"tokenizer\.ggml\.scores has 1 entries for 5 tokens"),
+        ({"scores": [0.0, 1.0, 2.0, 3.0, float("nan")]}, "'ggml.scores' must be a list of finite numbers"),
+        ({"token_type": "x"}, "'ggml.token_type' must be a list of whole numbers"),
+        ({"tokens": ["<unk>", "<s>", "</s>", "a", "a"]}, "token 'a' is twice"),
+        ({"tokens": ["<unk>", "<s>", "</s>", "a", "ab"]}, "token 'ab' is made of a character that is no token, 'b'"),
+        ({"tokens": 5}, "'tokenizer.ggml.tokens' must be a list of strings, got 5"),
+        ({"unknown_token_id": 5}, "unknown token id 5 is outside the vocabulary of 5 tokens"),
+        ({"add_space_prefix": "no"}, "'ggml.add_space_prefix' must be true or false, got 'no'"),
+        ({"bos_token_id": -1}, "'tokenizer.ggml.bos_token_id' must be a whole number from 0 up, got -1"),
+        ({"bos_token_id": 7}, "bos id 7 is outside the vocabulary"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refused_vocabularies(change, message):
+    change = {"types" if key == "token_type" else key: value for key, value in change.items()}
+    with pytest.raises(CheckpointError, match=message):
+        sentencepiece(**(small_vocabulary("a", "b") | change))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxkv.checkpoints import layout
 from jaxkv.checkpoints.errors import CheckpointError
+from jaxkv.checkpoints.fields import check_fields
 from jaxkv.checkpoints.generation_config import Generation
 from jaxkv.checkpoints.gguf_file import GgufFile, check_types, rows_reader
 from jaxkv.checkpoints.huggingface_config import parse_config
@@ -20,22 +21,26 @@ from jaxkv.config import DecoderConfig
 ARCHITECTURES = {
     "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text", "phi3": "phi3",
 }  # fmt: skip
-_KEYS = {  # metadata key without the architecture -> config.json field
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+_KEYS = {  # metadata key without the architecture -> config.json field, kind of value
+    "block_count": ("num_hidden_layers", "size"),
+    "context_length": ("max_position_embeddings", "size"),
+    "embedding_length": ("hidden_size", "size"),
+    "feed_forward_length": ("intermediate_size", "size"),
+    "attention.head_count": ("num_attention_heads", "size"),
+    "attention.head_count_kv": ("num_key_value_heads", "size"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "positive"),
 }
-_READ = (  # keys that the code below reads beside those
-    "attention.key_length", "attention.value_length", "attention.sliding_window", "attention.sliding_window_pattern",
-    "attn_logit_softcapping", "final_logit_softcapping", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned", "vocab_size",
-    "attention.causal",
-)  # fmt: skip
+_READ = {  # keys that the code below reads beside those -> kind of value
+    "attention.key_length": "size", "attention.value_length": "size", "attention.sliding_window": "count",
+    "attention.sliding_window_pattern": "period or flags", "attention.causal": "flag", "vocab_size": "count",
+    "attn_logit_softcapping": "number", "final_logit_softcapping": "number", "rope.dimension_count": "size",
+    "rope.freq_base": "base", "rope.freq_base_swa": "base", "rope.scaling.type": "name",
+    "rope.scaling.factor": "number", "rope.scaling.original_context_length": "size",
+    "rope.scaling.attn_factor": "positive", "rope.scaling.yarn_beta_fast": "positive",
+    "rope.scaling.yarn_beta_slow": "positive", "rope.scaling.finetuned": "flag",
+}  # fmt: skip
+_KINDS = {key: kind for key, (_, kind) in _KEYS.items()} | _READ
+_TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -54,17 +59,15 @@ def config_of(file: GgufFile) -> DecoderConfig:
     prefix = arch + "."
     given = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
     for key, value in given.items():
-        if key not in _KEYS and key not in _READ and value:
+        if key not in _KINDS and value:
             raise CheckpointError(f"{file.path}: metadata {prefix}{key} = {value!r:.80} is not supported")
+    check_fields(file.metadata, {prefix + key: kind for key, kind in _KINDS.items()}, f"{file.path}: metadata")
     missing = [key for key in _KEYS if key not in given and key != "attention.head_count_kv"]
     if missing:
         raise CheckpointError(f"{file.path}: metadata {prefix}{missing[0]} is missing")
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor 'token_embd.weight' is missing")
-    fields = {field: given[key] for key, field in _KEYS.items() if key in given}
-    for field, value in fields.items():
-        if not isinstance(value, (int, float)):
-            raise CheckpointError(f"{file.path}: {field} must be one number for all layers, got {value!r:.80}")
+    fields = {field: given[key] for key, (field, _) in _KEYS.items() if key in given}
     heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
     head_dim = given.get("attention.key_length", hidden // heads)
     if given.get("attention.value_length", head_dim) != head_dim:
@@ -245,10 +248,20 @@ def _unpermuted(read: layout.ReadRows, config: DecoderConfig) -> layout.ReadRows
 
 
 def generation_of(file: GgufFile) -> Generation:
-    """Ids that end a text (eos, end of turn, end of message), bos and padding."""
+    """Ids that end a text (eos, end of turn, end of message), bos and padding.
+
+    As in llama.cpp, some tokens end a turn whatever the metadata says, and SentencePiece has a default bos and eos.
+    """
     names = ("eos", "eot", "eom", "bos", "padding")
-    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names}
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in names}
+    kinds = dict.fromkeys(keys.values(), "count") | {"tokenizer.ggml.tokens": "names"}
+    check_fields(file.metadata, kinds, f"{file.path}: metadata")
+    ids = {name: file.metadata.get(key) for name, key in keys.items()}
+    if file.metadata.get("tokenizer.ggml.model") == "llama":
+        ids |= {name: index for name, index in (("bos", 1), ("eos", 2)) if ids[name] is None}
+    tokens = file.metadata.get("tokenizer.ggml.tokens") or []
     ends = [ids[name] for name in ("eos", "eot", "eom")]
+    ends += [index for index, token in enumerate(tokens) if token in _TURN_ENDS]
     return Generation(
         eos_ids=tuple(dict.fromkeys(index for index in ends if index is not None)),
         bos_id=ids["bos"],

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxkv.checkpoints import huggingface_rope
 from jaxkv.checkpoints.errors import CheckpointError
+from jaxkv.checkpoints.fields import check_fields
 from jaxkv.checkpoints.generation_config import Generation
 from jaxkv.config import DecoderConfig, LayerConfig
 
@@ -61,10 +62,17 @@ FAMILIES = {
     "phi3": ("Phi3ForCausalLM", _PHI3),
 }
 _NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")  # null differs from absent
-_WHOLE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "original_max_position_embeddings", "max_window_layers", "sliding_window_pattern",
-)  # fmt: skip
+_FIELDS = {  # field -> kind of value
+    "vocab_size": "size", "hidden_size": "size", "intermediate_size": "size", "num_hidden_layers": "size",
+    "num_attention_heads": "size", "num_key_value_heads": "size", "head_dim": "size", "sliding_window": "count",
+    "max_position_embeddings": "size", "max_window_layers": "count",
+    "sliding_window_pattern": "size", "_sliding_window_pattern": "size", "rms_norm_eps": "positive",
+    "query_pre_attn_scalar": "positive", "final_logit_softcapping": "positive", "attn_logit_softcapping": "positive",
+    "tie_word_embeddings": "flag", "attention_bias": "flag", "mlp_bias": "flag", "use_sliding_window": "flag",
+    "hidden_act": "name", "hidden_activation": "name", "model_type": "name", "layer_types": "names",
+    "architectures": "names", "text_config": "object",
+}  # fmt: skip
+_WHERE = "config.json field"
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -106,10 +114,22 @@ def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       CheckpointError: an architecture, RoPE type, activation or field that is not supported, by name.
     """
+    check_fields(config, _FIELDS, _WHERE)
     text = _text_part(config)
+    check_fields(text, _FIELDS | huggingface_rope.TOP_LEVEL_FIELDS, _WHERE)
     model_type = text["model_type"]
     values = _values(text)
     heads = values["num_attention_heads"]
+    kv_heads = values["num_key_value_heads"] or heads
+    if values["head_dim"] is None and values["hidden_size"] % heads:
+        raise CheckpointError(
+            f"{_WHERE} 'hidden_size' = {values['hidden_size']} must be a multiple of num_attention_heads = {heads}, or "
+            "head_dim must be given"
+        )
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{_WHERE} 'num_attention_heads' = {heads} must be a multiple of num_key_value_heads = {kv_heads}"
+        )
     head_dim = values["head_dim"] or values["hidden_size"] // heads
     longest = values["max_position_embeddings"]
     if model_type == "phi3":  # its default overrides the RoPE field of that name
@@ -123,7 +143,7 @@ def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
         raise CheckpointError(f"activation {activation!r} is not supported; accepted: {', '.join(_ACTIVATIONS)}")
     if model_type == "gemma3_text" and values["attn_logit_softcapping"] is not None:
         raise CheckpointError("attn_logit_softcapping is not supported for gemma3_text; it must be null")
-    bias = bool(values.get("attention_bias"))
+    bias = values.get("attention_bias", False)
     try:
         return DecoderConfig(
             model_type=model_type,
@@ -131,7 +151,7 @@ def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
             hidden_size=values["hidden_size"],
             intermediate_size=values["intermediate_size"],
             num_heads=heads,
-            num_kv_heads=values["num_key_value_heads"] or heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             layers=tuple(
                 LayerConfig(window=window if kind == "sliding_attention" else None, rope=ropes[kind])
@@ -143,16 +163,16 @@ def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
             activation=_ACTIVATIONS[activation],
             query_scale=float(values["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
             embedding_scale=math.sqrt(values["hidden_size"]) if gemma else 1.0,
-            tie_embeddings=bool(values["tie_word_embeddings"]),
+            tie_embeddings=values["tie_word_embeddings"],
             qkv_bias=True if model_type == "qwen2" else bias,
             output_bias=bias,
-            mlp_bias=bool(values.get("mlp_bias")),
+            mlp_bias=values.get("mlp_bias", False),
             qk_norm=model_type in ("qwen3", "gemma3_text"),
             sandwich_norms=gemma,
             attention_softcap=values.get("attn_logit_softcapping"),
             logit_softcap=values.get("final_logit_softcapping"),
         )
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"config.json: {error}") from error
 
 
@@ -161,7 +181,7 @@ def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     model_type = config.get("model_type")
     accepted = ", ".join((*FAMILIES, "gemma3 (its text part)"))
     if model_type == "gemma3":
-        if not isinstance(config.get("text_config"), dict):
+        if config.get("text_config") is None:
             raise CheckpointError("model_type 'gemma3' needs text_config, the part that is read; config.json has none")
         outer = {key: value for key, value in config.items() if key not in _OUTER_GEMMA3}
         _refuse_unknown(outer, {}, "gemma3")
@@ -185,7 +205,7 @@ def _check_architecture(config: Mapping[str, Any], accepted: tuple[str, ...]) ->
 
 
 def _refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any], model_type: str) -> None:
-    known = set(defaults) | _HARMLESS | set(huggingface_rope.TOP_LEVEL_KEYS) | {"original_max_position_embeddings"}
+    known = set(defaults) | _HARMLESS | set(huggingface_rope.TOP_LEVEL_FIELDS)
     for key, value in config.items():
         if value is None or key in known or _ONLY.get(key) == value:
             continue
@@ -207,16 +227,10 @@ def _values(text: Mapping[str, Any]) -> dict[str, Any]:
     defaults = FAMILIES[model_type][1]
     known = {key: value for key, value in text.items() if not (key == "layer_types" or _harmless_extra(key, text))}
     _refuse_unknown(known, defaults, model_type)
-    values = {
+    return {
         key: text[key] if key in text and (text[key] is not None or key in _NULLABLE) else default
         for key, default in defaults.items()
     }
-    for key, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        least = 0 if key == "max_window_layers" else 1
-        if key in _WHOLE and not (whole and value >= least):
-            raise CheckpointError(f"config.json field {key!r} must be a whole number from {least} up, got {value!r}")
-    return values
 
 
 def _harmless_extra(key: str, text: Mapping[str, Any]) -> bool:
@@ -270,7 +284,7 @@ def config_to_json(config: DecoderConfig, *, dtype: str, generation: Generation 
         raise CheckpointError(f"model_type {config.model_type!r} cannot be written; accepted: {', '.join(FAMILIES)}")
     architecture, defaults = FAMILIES[config.model_type]
     values = _common_json(config) | _window_json(config) | _rope_json(config)
-    allowed = set(defaults) | set(huggingface_rope.TOP_LEVEL_KEYS)
+    allowed = set(defaults) | set(huggingface_rope.TOP_LEVEL_FIELDS)
     fields = {"architectures": [architecture], "model_type": config.model_type, "dtype": dtype, "torch_dtype": dtype}
     fields |= {key: value for key, value in values.items() if key in allowed}
     if generation is not None:

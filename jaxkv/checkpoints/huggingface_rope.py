@@ -9,10 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.checkpoints.errors import CheckpointError
+from jaxkv.checkpoints.fields import check_fields
 from jaxkv.config import ROPE_KINDS, RopeConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-TOP_LEVEL_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor")
+TOP_LEVEL_FIELDS = {  # of config.json: field -> kind of value
+    "rope_theta": "base", "rope_scaling": "object", "rope_parameters": "object", "rope_local_base_freq": "base",
+    "partial_rotary_factor": "share", "original_max_position_embeddings": "size",
+}  # fmt: skip
+_INNER_FIELDS = {  # of rope_scaling and rope_parameters
+    "rope_type": "name", "type": "name", "rope_theta": "base", "factor": "positive", "attention_factor": "positive",
+    "beta_fast": "positive", "beta_slow": "positive", "mscale": "number", "mscale_all_dim": "number",
+    "truncate": "flag", "low_freq_factor": "positive", "high_freq_factor": "positive", "short_factor": "positives",
+    "long_factor": "positives", "partial_rotary_factor": "share", "original_max_position_embeddings": "size",
+}  # fmt: skip
 
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 _FIELDS = {
@@ -38,7 +48,8 @@ def _agreed(what: str, given: Mapping[str, Any], default: Any) -> Any:
 
 
 def _kind(parameters: Mapping[str, Any], model_type: str) -> str:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = parameters.get("rope_type")
+    kind = "default" if kind is None else kind
     if model_type == "phi3" and kind == "su":  # the name of longrope in the first Phi-3 files
         kind = "longrope"
     accepted = ("default", "longrope") if model_type == "phi3" else ROPE_KINDS
@@ -86,6 +97,11 @@ def _rope(
             values[name] = tuple(float(number) for number in value)
         elif name != "truncate" and value is not None:
             values[name] = float(value)
+    if kind == "llama3" and None not in values.values() and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise CheckpointError(
+            f"RoPE field 'high_freq_factor' = {values['high_freq_factor']} must exceed low_freq_factor = "
+            f"{values['low_freq_factor']}"
+        )
     try:
         return RopeConfig(
             kind=kind,
@@ -101,6 +117,7 @@ def _rope(
 def _merged(scaling: Mapping[str, Any] | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     scaling, parameters = dict(scaling or {}), dict(parameters or {})
     for one in (scaling, parameters):
+        check_fields(one, _INNER_FIELDS, "config.json RoPE field")
         if one.get("rope_type") is None and one.get("type") is not None:
             one["rope_type"] = one["type"]
         one.pop("type", None)
@@ -113,7 +130,7 @@ def parse_ropes(config: Mapping[str, Any], *, head_dim: int, longest: int) -> di
     """RoPE of each layer type.
 
     Args:
-      config: config.json (or its text part) with `model_type`.
+      config: config.json (or its text part) with `model_type`; values of the kinds in `TOP_LEVEL_FIELDS`.
       head_dim: channels of a head.
       longest: max_position_embeddings.
     Returns:
@@ -122,9 +139,6 @@ def parse_ropes(config: Mapping[str, Any], *, head_dim: int, longest: int) -> di
       CheckpointError: a type or field is not supported, or old and new spelling contradict each other.
     """
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {name} must be an object or null, got {value!r}")
     nested = isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values())
     if config["model_type"] != "gemma3_text":
         if nested or config.get("rope_local_base_freq") is not None:
@@ -138,6 +152,7 @@ def parse_ropes(config: Mapping[str, Any], *, head_dim: int, longest: int) -> di
         return dict.fromkeys(LAYER_TYPES, rope)
     if parameters and not (nested and set(parameters) <= set(LAYER_TYPES)):
         raise CheckpointError(f"gemma3 rope_parameters must have the keys {LAYER_TYPES}, got {sorted(parameters)}")
+    check_fields(parameters or {}, dict.fromkeys(LAYER_TYPES, "object"), "config.json rope_parameters of")
     ropes = {}
     for layer_type, key, default in (
         ("full_attention", "rope_theta", 1_000_000.0),

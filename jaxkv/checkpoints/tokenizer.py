@@ -3,13 +3,14 @@
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxkv.checkpoints import chat
 from jaxkv.checkpoints.errors import CheckpointError, read_json
 
-_SPACE = "\u2581"  # how sentencepiece writes a space
+SPACE = "\u2581"  # how sentencepiece writes a space
 
 
 class Tokenizer:
@@ -20,6 +21,7 @@ class Tokenizer:
       eos_ids, bos_id: ids that end and begin a text; () and None if there are none.
       special_ids: ids that `decode` can skip.
       add_bos: whether the checkpoint wants `bos_id` before a text; `encode` does so only if told.
+      add_eos: whether it wants an eos after a text. `encode` never does so: nothing could be generated after it.
       chat_template: Jinja source, or None.
     """
 
@@ -30,6 +32,7 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         bos_id: int | None = None,
         add_bos: bool = False,
+        add_eos: bool = False,
         chat_template: str | None = None,
     ):
         backend.no_truncation()
@@ -38,6 +41,7 @@ class Tokenizer:
         self.eos_ids = tuple(eos_ids)
         self.bos_id = bos_id
         self.add_bos = add_bos
+        self.add_eos = add_eos
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
@@ -64,7 +68,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 come out as U+FFFD. An id without a token (padding rows of an
-        embedding table) has no text.
+        embedding table) has no text. Where the tokenizer puts a space before a text, as SentencePiece does, one leading
+        space is taken away, also if the ids come from the middle of a text; `token_bytes` keeps it.
 
         Raises:
           ValueError: a negative id.
@@ -83,15 +88,16 @@ class Tokenizer:
         undo = self._undo()
         table = [b""] * self.vocab_size
         for token, index in self.backend.get_vocab(with_added_tokens=True).items():
-            table[index] = self._added[index].encode() if index in self._added else undo(token)
+            table[index] = undo(token, index in self._added)
         return table
 
     def _undo(self) -> Any:
+        """(token, whether it is an added one) -> its bytes."""
         state = self.backend.decoder.__getstate__().decode() if self.backend.decoder is not None else "null"
         if '"ByteLevel"' in state:
             alphabet = byte_alphabet()
-            return lambda token: bytes(alphabet[char] for char in token)
-        if '"ByteFallback"' in state or '"Metaspace"' in state or _SPACE in state:
+            return lambda token, added: token.encode() if added else bytes(alphabet[char] for char in token)
+        if '"ByteFallback"' in state or '"Metaspace"' in state or SPACE in state:
             return _undo_sentencepiece
         raise CheckpointError(
             f"the bytes of tokens are not known for the decoder {state:.200}; accepted: ByteLevel, and "
@@ -133,6 +139,7 @@ class Tokenizer:
         fields = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.add_bos,
+            "add_eos_token": self.add_eos,
             "bos_token": self._text_of(self.bos_id) or None,
             "eos_token": self._text_of(self.eos_ids[0]) if self.eos_ids else None,
             "chat_template": self.chat_template,
@@ -150,10 +157,10 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in kept} | {chr(256 + n): byte for n, byte in enumerate(moved)}
 
 
-def _undo_sentencepiece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace(_SPACE, " ").encode()
+def _undo_sentencepiece(token: str, added: bool) -> bytes:
+    """Added tokens are no exception: the decoder treats them alike."""
+    byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
@@ -193,6 +200,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
         eos_ids=() if eos is None else (eos,),
         bos_id=bos,
         add_bos=bool(add_bos) and bos is not None,
+        add_eos=bool(settings.get("add_eos_token")),
         chat_template=chat.select_template(template, str(settings_path)),
     )
 
