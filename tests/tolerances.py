@@ -1,4 +1,4 @@
-"""Every tolerance of the tests of the numerical core, absolute, each with the reason for its size.
+"""Every tolerance of the tests of the numerical core, each with the reason for its size; absolute unless it says relative.
 
 That a tolerance is tight enough to see a wrong kernel (keys passed as values, a mask off by one, a scale dropped) is
 itself tested, in `test_attention_ops.py`: such errors must exceed `VISIBLE`.
@@ -14,4 +14,22 @@ MARGIN = 1e-5  # scores or thresholds nearer than this may fall either way in fl
 UNDECIDED_SHARE = 0.02  # of cases whose kept set may differ for that reason: counted, capped
 ROPE = 2e-6  # relative, float32 frequencies against float64 formulas
 ROTATION = 2e-6  # float32 rotations of vectors of size 1
+ROPE_DYNAMIC = 1e-5  # relative; there the base itself is a float32 power of the length
 LINEAR = 5e-6  # a float32 product over 33 terms of size 1, against float64
+BY_HAND = 1e-14  # relative, float64 references on cases of a few operations: some units in the last place
+CROWD = 1e-5  # relative, float32 sums of up to 23 x 35 weighted counts, which reach the hundreds
+EIGHTH_POWER = 1e-6  # relative, three float32 products
+LOGPROB = 1e-4  # relative, float32 log-softmax over 50 logits of size 10, values from 0.01 to 20, against float64
+STANDARD_ERRORS = 4  # of a share of random draws: seeds are fixed, and one in 16,000 would be further off by chance
+JACCARD = 0.9  # mean agreement of the 4-byte history of Scissorhands with the exact one (issue 3)
+BYTES = 0.01  # relative, of a program's arguments: scalars and flags that it takes beside the state
+QUANTIZED = 1e-5  # grid points of size 1 to 5, computed in float32 and in float64
+
+# Storage in bfloat16, whose relative rounding error is 2**-9
+BF16_STEP = 2**-7  # relative: one step of bfloat16, for numbers so near a midpoint that float32 and float64 round apart
+HIDDEN_BF16_CACHE = (
+    0.03  # float32 model: values of size 3 times attention weights rounded to bfloat16, two layers; seen 0.012
+)
+HIDDEN_BF16_MODEL = 0.2  # bfloat16 model: about 20 roundings in a row on hidden states of size up to 3; seen 0.084
+ENTRIES_BF16_MODEL = 0.1  # keys and values that such a model leaves, half of those roundings; seen 0.04
+UNDECIDED_BF16_SHARE = {"float32": 0.0, "bfloat16": 0.25}  # of rows that attention decided otherwise while decoding

@@ -79,9 +79,9 @@ def live_count(tier: Tier) -> Array:
 
 def tier_keys(tier: Tier) -> Array:
     """Keys [B, P, H, S] in the dtype that the scheme reads as, rotated at `tier.positions`; dead slots hold anything."""
-    return get_scheme(tier.scheme[0]).decode(tier.keys)
+    return get_scheme(tier.scheme[0]).decode(tier.keys, -2)
 
 
 def tier_values(tier: Tier) -> Array:
     """Values [B, P, S, H] in the dtype that the scheme reads as; dead slots hold anything finite."""
-    return get_scheme(tier.scheme[1]).decode(tier.values)
+    return get_scheme(tier.scheme[1]).decode(tier.values, -1)

@@ -1,22 +1,85 @@
-"""What a storage scheme is: how the keys or values of tokens become the bytes of a tier."""
+"""What a storage scheme is: how the keys or values of tokens become the bytes of a tier.
+
+    encode   x [..., H] float ─> codes [..., H'] in `carrier`, factors [..., g] uint16 (bfloat16 bits)   once per tier
+    decode   codes and factors, channels at any `axis` ─> [.., H, ..] float, in the scheme's own basis    at every read
+
+The basis is the channels themselves, or for `rotated` schemes a fixed rotation of them: there, queries are turned once a
+step and outputs turned back once, never the entries.
+"""
 
 import dataclasses
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
 from jaxkv.types import Array, Encoded
+
+LARGEST = 1e30  # what an infinite key or value is stored as; its range still fits bfloat16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
     """One way to store vectors of H channels.
 
-    encode: [..., H] in compute dtype -> Encoded with codes [..., H'] and factors [..., groups].
-    decode: Encoded -> [..., H] in the dtype the scheme reads as. Axes may be in any order; only H' and H correspond.
-    carrier: dtype name of the codes in a state. bits: of one channel, factors not counted.
+    bits: of one channel, factors not counted. carrier: dtype of the codes in a state. factors: how many per group.
+    group: channels that share factors, 0 = all. multiple: H must be a multiple of it.
+    encode: [..., H] in any float dtype -> Encoded with channels last.
+    decode: (Encoded, axis) -> float32 (bfloat16 for bf16) with H channels at `axis`, negative.
+    into_basis, out_of_basis: [..., H] float32 -> the same shape; the identity but for rotated schemes. Scalar products
+      are the same in both bases.
+    slots_minor: values are stored [B, P, H', S], as keys are, and not [B, P, S, H'].
     """
 
     name: str
+    summary: str
+    bits: float
     carrier: str
-    bits: int
     encode: Callable[[Array], Encoded]
-    decode: Callable[[Encoded], Array]
+    decode: Callable[[Encoded, int], Array]
+    factors: int = 0
+    group: int = 0
+    multiple: int = 1
+    into_basis: Callable[[Array], Array] = lambda x: x
+    out_of_basis: Callable[[Array], Array] = lambda x: x
+    slots_minor: bool = True
+
+    def check(self, channels: int) -> None:
+        """Raises: ValueError if vectors of this many channels cannot be stored."""
+        if channels % self.multiple:
+            raise ValueError(
+                f"storage scheme {self.name!r} takes head sizes that are multiples of {self.multiple}, got {channels}"
+            )
+
+    def bytes_per_vector(self, channels: int) -> int:
+        """Bytes of one encoded vector, factors included."""
+        shapes = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((channels,), jnp.float32))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+def to_bits(x: Array) -> Array:
+    """bfloat16 bits in uint16 of a float array."""
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+
+
+def from_bits(x: Array) -> Array:
+    """float32 of bfloat16 bits."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
+
+
+def finite(x: Array) -> Array:
+    """float32 with NaN as 0 and infinities as +-LARGEST, so that one bad number spoils one group, not a row."""
+    x = x.astype(jnp.float32)
+    return jnp.clip(jnp.where(jnp.isnan(x), 0.0, x), -LARGEST, LARGEST)
+
+
+def grouped(x: Array, size: int) -> Array:
+    """[..., H] -> [..., groups, channels]; a head no longer than `size`, or no multiple of it, is one group."""
+    channels = x.shape[-1]
+    size = channels if not size or channels % size else size
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def spread(factor: Array, channels: int, axis: int) -> Array:
+    """Factors with groups at `axis` -> one per channel at `axis`."""
+    return jnp.repeat(factor, channels // factor.shape[axis], axis=axis)

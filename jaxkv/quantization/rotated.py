@@ -1,0 +1,112 @@
+"""Rotate, then the best scalar codebook: few bits, one factor per token and head.
+
+A fixed random rotation makes the channels of any vector nearly normal and equal in size, so that one codebook serves all
+of them; this is the family of QuaRot (arXiv 2404.00456), PolarQuant (arXiv 2502.02617) and TurboQuant (arXiv 2504.19874).
+
+    y = Hadamard (signs * x) / sqrt(H)                      norms and scalar products stay
+    code = nearest(y / sigma), sigma = |x| / sqrt(H)        Lloyd-Max codebook of the normal distribution
+    factor = <y, codebook[code]> / |codebook[code]|^2       least squares, then bfloat16
+    code = nearest(y / factor)                              fitted to the rounded factor
+
+Departs from TurboQuant: the rotation is Hadamard with signs and not a dense random matrix; the factor is fitted and not
+the norm; no residual bit for unbiased scalar products. Heads that are no power of two are rotated in blocks of the
+largest power of two that divides them.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.quantization.base import Scheme, finite, from_bits, to_bits
+from jaxkv.quantization.packing import pack, unpack
+from jaxkv.types import Array, Encoded
+
+
+def lloyd_max(bits: int) -> np.ndarray:
+    """Levels [2**bits], ascending, of the least-squares quantizer of the standard normal distribution (Lloyd 1982)."""
+    from math import erf, exp, inf, pi, sqrt
+
+    density = lambda t: exp(-t * t / 2) / sqrt(2 * pi) if abs(t) < inf else 0.0
+    below = lambda t: (1 + erf(t / sqrt(2))) / 2 if abs(t) < inf else float(t > 0)
+    levels = np.linspace(-2.0, 2.0, 2**bits)
+    for _ in range(10_000):  # each level is the mean of its cell; converges linearly
+        edges = [-inf, *((levels[1:] + levels[:-1]) / 2).tolist(), inf]
+        mean = [(density(a) - density(b)) / (below(b) - below(a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        moved, levels = np.abs(np.asarray(mean) - levels).max(), np.asarray(mean)
+        if moved < 1e-13:
+            break
+    return (levels - levels[::-1]) / 2  # symmetric to the last bit
+
+
+CODEBOOK = {bits: lloyd_max(bits) for bits in (2, 3, 4)}
+
+
+@functools.cache
+def _rotation(channels: int) -> np.ndarray:
+    """Orthogonal [H, H] float32: y = x @ R."""
+    block = channels & -channels
+    hadamard = np.ones((1, 1))
+    while len(hadamard) < block:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    signs = np.random.default_rng(20_250_428).choice([-1.0, 1.0], channels)
+    whole = np.kron(np.eye(channels // block), hadamard / np.sqrt(block))
+    return (signs[:, None] * whole).astype(np.float32)
+
+
+def rotate(x: Array) -> Array:
+    """[..., H] into the basis of the codes, float32."""
+    return jnp.einsum("...i,io->...o", x.astype(jnp.float32), _rotation(x.shape[-1]))
+
+
+def unrotate(y: Array) -> Array:
+    """[..., H] back; the exact inverse up to rounding."""
+    return jnp.einsum("...o,io->...i", y.astype(jnp.float32), _rotation(y.shape[-1]))
+
+
+def _nearest(y: Array, bits: int) -> Array:
+    """Index of the nearest level: how many midpoints lie below."""
+    levels = CODEBOOK[bits]
+    edges = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
+    return sum((y > edge).astype(jnp.uint8) for edge in edges)
+
+
+def _levels(codes: Array, bits: int) -> Array:
+    """The levels of codes, float32, as a chain of selects: a gather of bytes is slow on every platform."""
+    levels = CODEBOOK[bits].astype(np.float32)
+    half = 2 ** (bits - 1)
+    upper = codes >= half
+    inner = jnp.where(upper, codes - half, half - 1 - codes)  # symmetric: the magnitude's index
+    magnitude = jnp.full(codes.shape, levels[half], jnp.float32)
+    for index in range(1, half):
+        magnitude = jnp.where(inner == index, levels[half + index], magnitude)
+    return jnp.where(upper, magnitude, -magnitude)
+
+
+def encode(x: Array, *, bits: int) -> Encoded:
+    """[..., H] -> codes [..., H * bits / 8] uint8, factors (factor,) [..., 1] uint16."""
+    y = rotate(finite(x))
+    largest = jnp.abs(y).max(axis=-1, keepdims=True)
+    safe = jnp.where(largest > 0, largest, 1.0)
+    y = y / safe  # squares of large numbers must not overflow
+    sigma = jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True))
+    levels = _levels(_nearest(y / jnp.where(sigma > 0, sigma, 1.0), bits), bits)
+    factor = from_bits(to_bits((y * levels).sum(-1, keepdims=True) / (levels * levels).sum(-1, keepdims=True) * safe))
+    codes = _nearest(y * safe / jnp.where(factor > 0, factor, 1.0), bits)
+    return Encoded(codes=pack(codes, bits), factors=(to_bits(jnp.where(largest > 0, factor, 0.0)),))
+
+
+def decode(e: Encoded, axis: int, *, bits: int) -> Array:
+    """In the rotated basis, float32."""
+    return _levels(unpack(e.codes, bits, axis), bits) * from_bits(e.factors[0])
+
+
+def _scheme(bits):
+    return Scheme(
+        name=f"rotated{bits}", summary=f"{bits} bits, Hadamard rotation and Lloyd-Max codebook, one factor", bits=bits,
+        carrier="uint8", factors=1, multiple={4: 2, 3: 8, 2: 4}[bits], into_basis=rotate, out_of_basis=unrotate,
+        encode=functools.partial(encode, bits=bits), decode=functools.partial(decode, bits=bits),
+    )  # fmt: skip
+
+
+ROTATED4, ROTATED3, ROTATED2 = (_scheme(bits) for bits in (4, 3, 2))
