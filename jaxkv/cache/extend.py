@@ -97,11 +97,7 @@ def decode(params, token: Array, state: State, *, config: DecoderConfig, valid: 
     layers = []
     for index, layer in enumerate(state.layers):
         kind = config.layers[index]
-        with jax.named_scope(f"layer_{index}"):
-            x, layer = _block(
-                params[f"layers_{index}"], x, context, config, kind,
-                functools.partial(attend_decode, layer=layer, context=context, config=config, kind=kind),
-            )  # fmt: skip
+        x, layer = _decode_layer(params[f"layers_{index}"], x, layer, context, config=config, kind=kind)
         layers.append(layer)
     hidden = decoder.final_norm(params, x, config=config)[:, 0]
     state = State(layers=tuple(layers), offsets=state.offsets, rotary=state.rotary, next_position=context.newest + 1)
@@ -154,6 +150,13 @@ def _layer(
     attend = functools.partial(
         attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal, fresh=fresh
     )
+    return _block(params, x, context, config, kind, attend)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _decode_layer(params, x: Array, layer: LayerState, context: Context, *, config, kind) -> tuple[Array, LayerState]:
+    """One layer of `decode`. Jitted so that all layers of a kind are traced and lowered once; XLA inlines the calls."""
+    attend = functools.partial(attend_decode, layer=layer, context=context, config=config, kind=kind)
     return _block(params, x, context, config, kind, attend)
 
 
