@@ -1,12 +1,17 @@
 """The `jaxkv` command: generate, chat, evaluate, info."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
+import io
 import json
 import os
 import pathlib
+import signal
 import sys
+import threading
 
 
 class Refused(Exception):
@@ -14,23 +19,94 @@ class Refused(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns: the exit code; 2 for bad input, 130 after Ctrl-C before anything came out."""
-    arguments = _parser().parse_args(argv)
-    from jaxkv.checkpoints import CheckpointError
+    """Runs the command.
 
+    Returns: the exit code; 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM if nothing came out or prompts of a
+    batch were left, 141 if the reader of standard output went away.
+    """
+    _open_streams()
+    signals = []
     try:
-        return arguments.run(arguments)
-    except (Refused, CheckpointError, ValueError, MemoryError, OSError) as error:
-        print(f"jaxkv: error: {error}", file=sys.stderr)
-        return 2
+        with _interrupts(signals):
+            arguments = _parser().parse_args(argv)
+            arguments.signals = signals
+            code = arguments.run(arguments)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         print("\njaxkv: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (signals or [signal.SIGINT])[-1]
+    except BrokenPipeError:
+        return 141  # as if SIGPIPE had ended it
+    except (Refused, ValueError, MemoryError, OverflowError, OSError) as error:
+        return _refuse(error)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # how XLA says that memory ran out
+            raise
+        return _refuse(error)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what cannot be written now would fail again, with a traceback, when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse(error: Exception) -> int:
+    print("jaxkv: error:", str(error).replace("\n", " ") or type(error).__name__, file=sys.stderr)
+    return 2
+
+
+def _open_streams():
+    """Makes standard streams UTF-8 like the files that are read, whatever the locale; a closed one is as if empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding.lower(), stream.errors) != ("utf-8", errors):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+@contextlib.contextmanager
+def _interrupts(signals: list[int]):
+    """SIGINT and SIGTERM raise KeyboardInterrupt and are noted in `signals`, as `generate` returns early on it."""
+
+    def interrupt(number, frame):
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = {n: signal.signal(n, interrupt) for n in numbers if signal.getsignal(n) not in (None, signal.SIG_IGN)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refused(f"{message}; see {self.prog} --help")
+
+
+def _whole(least: int):
+    """Parses a number of things, `least` or more."""
+
+    def number(text):
+        value = int(text)
+        if not least <= value < 10**9:  # tokens are counted in int32
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 10**9, got {value}")
+        return value
+
+    number.__name__ = "whole number"  # in argparse's message about other text
+    return number
 
 
 def _parser():
+    from infer.texts import TEXTS
+
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="jaxkv", description=__doc__, formatter_class=formatter)
+    parser = _Parser(prog="jaxkv", description=__doc__, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"jaxkv {importlib.metadata.version('jaxkv')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -55,28 +131,30 @@ def _parser():
     )
     sub.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     sub.add_argument("--json", action="store_true", help="print a JSON object instead of text")
-    sub.add_argument("--samples", type=int, default=1, help="completions per prompt")
-    sub.add_argument("--logprobs", action="store_true", help="with --json: log probabilities of the chosen tokens")
+    sub.add_argument("--samples", type=_whole(1), default=1, help="completions per prompt")
+    sub.add_argument("--logprobs", action="store_true", help="with --json or --jsonl: log probabilities of the tokens")
     sub.add_argument("--output", help="write to this file instead of standard output")
     _generation_options(sub)
     sub = command("chat", _chat, "talk to the model over one budgeted cache")
     sub.add_argument("--document", help="a text file to read before the first question")
-    sub.add_argument("--max-tokens", type=int, help="planned length of the conversation; default: the model's window")
+    sub.add_argument("--max-tokens", type=_whole(1), help="planned length of it all; default: the model's window")
     _generation_options(sub)
     sub = command("evaluate", _evaluate, "compare caches with the full cache on the same text")
-    sub.add_argument("--text", required=True, help="a UTF-8 text file, also the filler of the tasks")
+    sub.add_argument("--text", required=True, help=f"a UTF-8 file or one of {', '.join(TEXTS)}; also fills the tasks")
     sub.add_argument("--caches", default="full,scissorhands,h2o,recency,random", help="policies, with commas")
     sub.add_argument("--budgets", default="100%,50%,25%,12.5%", help="budgets, with commas")
     sub.add_argument("--tasks", default="passkey,magic", help="generated tasks, with commas; '' = none")
-    sub.add_argument("--context", type=int, default=1900, help="tokens read before the comparison")
-    sub.add_argument("--next", type=int, default=128, help="teacher-forced tokens compared after the context")
-    sub.add_argument("--excerpts", type=int, default=4, help="excerpts of the text")
-    sub.add_argument("--samples", type=int, default=20, help="questions per task")
+    sub.add_argument("--context", type=_whole(1), default=1900, help="tokens read before the comparison")
+    sub.add_argument("--next", type=_whole(1), default=128, help="teacher-forced tokens compared after the context")
+    sub.add_argument("--excerpts", type=_whole(0), default=4, help="excerpts of the text")
+    sub.add_argument("--samples", type=_whole(0), default=20, help="questions per task")
     sub.add_argument("--samples-file", help="ask these samples instead of generated ones")
     sub.add_argument("--protocol", default="compress then ask", choices=("compress then ask", "ask with context"))
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", help="write the rows to this file")
-    sub.add_argument("--plot", help="write the picture of quality against bytes to this PNG file")
+    sub.add_argument(
+        "--plot", help="write the picture of quality against bytes to this PNG file; default: beside --json; '' = none"
+    )
     sub = command("info", _info, "what a model is and what its cache costs")
     sub.add_argument("--json", action="store_true")
     return parser
@@ -87,9 +165,9 @@ def _generation_options(sub):
 
     sub.add_argument("--cache", default="full", help=f"policy: {', '.join(POLICIES)}")
     sub.add_argument("--budget", help="tokens per kv head and layer (512), bytes (64MiB) or a share (20%%)")
-    sub.add_argument("--max-new-tokens", type=int, default=128)
+    sub.add_argument("--max-new-tokens", type=_whole(1), default=128)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    sub.add_argument("--top-k", type=int, default=0, help="0 = off")
+    sub.add_argument("--top-k", type=_whole(0), default=0, help="0 = off")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--min-p", type=float, default=0.0)
     sub.add_argument("--repetition-penalty", type=float, default=1.0)
@@ -99,26 +177,40 @@ def _generation_options(sub):
 
 
 def _cache_folder() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or str(pathlib.Path.home() / ".cache")
-    return str(pathlib.Path(base) / "jaxkv" / "compiled")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return "" if base.startswith("~") else os.path.join(base, "jaxkv", "compiled")
 
 
-def _load(arguments):
+def _load(arguments, *, text: bool = True):
+    """The model. text: refuse one without a tokenizer."""
     import infer
 
     if arguments.compilation_cache:
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", arguments.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    bar = _Bar(arguments, "loading", "B")
-    lm = infer.load(
-        arguments.model, dtype=arguments.dtype, revision=arguments.revision, token=arguments.token,
-        offline=arguments.offline, progress=lambda done, total, name: bar(done, total),
-    )  # fmt: skip
-    bar.close()
+        _keep_compiled(arguments)
+    with _Bar(arguments, "loading", "B") as bar:
+        lm = infer.load(
+            arguments.model, dtype=arguments.dtype, revision=arguments.revision, token=arguments.token,
+            offline=arguments.offline, progress=bar,
+        )  # fmt: skip
+    if text and lm.tokenizer is None:
+        raise Refused(f"{arguments.model} has no tokenizer.json; without one only --jsonl with token ids works")
+    if lm.generation.ignored:
+        _note(arguments, f"not applied, though the model suggests it: {', '.join(lm.generation.ignored)}")
     return lm
+
+
+def _keep_compiled(arguments):
+    import jax
+
+    folder = arguments.compilation_cache
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        _note(arguments, f"--compilation-cache {folder} is not used: {error.strerror}")
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 class _Bar:
@@ -127,7 +219,13 @@ class _Bar:
     def __init__(self, arguments, text, unit):
         self._on, self._text, self._unit, self._bar = not arguments.quiet and sys.stderr.isatty(), text, unit, None
 
-    def __call__(self, done, total):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def __call__(self, done, total, what=None):
         if not self._on:
             return
         if self._bar is None:
@@ -168,8 +266,18 @@ def _check_early(arguments):
     make_policy(arguments.cache)
     parse_budget(arguments.budget)
     _sampling(arguments)
-    if arguments.max_new_tokens < 1:
-        raise Refused(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    for text in arguments.stop or ():
+        if not _check_utf8(text, "--stop"):
+            raise Refused("--stop is empty; give at least one character")
+
+
+def _check_utf8(text: str, name: str) -> str:
+    """Refuses lone surrogates: a command line's bytes that are not UTF-8, or \\ud800 in JSON. Returns: the text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refused(f"{name} is not UTF-8; convert it to UTF-8") from error
+    return text
 
 
 def _read_text(path) -> str:
@@ -181,141 +289,220 @@ def _read_text(path) -> str:
         raise Refused(f"{name} is not UTF-8: byte {error.start} cannot be read; convert it to UTF-8") from error
 
 
-def _writable(path):
-    parent = pathlib.Path(path).absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK) or pathlib.Path(path).is_dir():
-        raise Refused(f"cannot write {path}: {parent} must be an existing, writable folder and the target a file")
+def _writable(path: str | None) -> pathlib.Path | None:
+    """Where a link leads; only regular files are replaced, so that `--output /dev/null` does no harm."""
+    if path is None:
+        return None
+    real = pathlib.Path(os.path.realpath(path))
+    if not real.parent.is_dir() or not os.access(real.parent, os.W_OK):
+        raise Refused(f"cannot write {path}: {real.parent} must be an existing, writable folder")
+    if real.exists() and not (real.is_file() and os.access(real, os.W_OK)):
+        raise Refused(f"cannot write {path}: it exists and is not a writable file")
+    return real
 
 
 def _generate(arguments) -> int:
     _check_early(arguments)
     if sum(x is not None for x in (arguments.prompt, arguments.file, arguments.jsonl)) > 1:
         raise Refused("give one of: a prompt, --file, --jsonl")
-    if arguments.output:
-        _writable(arguments.output)
-    if arguments.jsonl:
-        return _batch(arguments)
-    if arguments.prompt is not None and arguments.prompt != "-":
-        try:
-            prompt = arguments.prompt.encode("utf-8").decode("utf-8")
-        except UnicodeEncodeError as error:
-            raise Refused("the prompt is not UTF-8; convert it to UTF-8") from error
+    if arguments.logprobs and not arguments.json and arguments.jsonl is None:
+        raise Refused("--logprobs needs --json or --jsonl")
+    output = _writable(arguments.output)
+    if arguments.jsonl is not None:
+        return _batch(arguments, output)
+    if arguments.prompt not in (None, "-"):
+        prompt = _check_utf8(arguments.prompt, "the prompt")
+    elif arguments.prompt is None and arguments.file is not None:
+        prompt = _read_text(arguments.file)
     else:
-        prompt = _read_text(arguments.file or "-")
+        if sys.stdin.isatty():
+            _note(arguments, "type the prompt; Ctrl-D on a line of its own ends it")
+        prompt = _read_text("-")
     if not prompt:
         raise Refused("the prompt is empty; give at least one character")
     lm = _load(arguments)
-    if arguments.chat:
-        turns = [{"role": "user", "content": prompt}]
-        prompt = lm.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    bar = _Bar(arguments, "reading", "layer")
+    prompt = _with_template(arguments, lm, prompt)
     plan = lm.plan(arguments.cache, arguments.budget, lengths=[len(lm.encode(prompt)) + arguments.max_new_tokens])
     _note(arguments, plan.describe())
-    if arguments.json or arguments.samples > 1 or arguments.output:
-        out = lm.generate(
-            prompt, samples=arguments.samples, logprobs=arguments.logprobs, progress=bar, **_options(arguments)
-        )
+    if arguments.json or arguments.samples > 1 or output:
+        with _Bar(arguments, "reading", "layer") as bar:
+            out = lm.generate(
+                prompt, samples=arguments.samples, logprobs=arguments.logprobs, progress=bar, **_options(arguments)
+            )
         rows = [dataclasses.asdict(c) for c in out]
-        text = json.dumps(rows[0] if len(rows) == 1 else rows, ensure_ascii=False) if arguments.json else None
-        _write(arguments.output, (text or "\n\n".join(c.text for c in out)) + "\n")
-        return 0
-    try:
-        for piece in lm.stream(prompt, progress=bar, **_options(arguments)):
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
+        text = _json(rows[0] if len(rows) == 1 else rows) if arguments.json else "\n\n".join(c.text for c in out)
+        _write(output, text + "\n")
+    else:
+        _stream(arguments, lm, prompt)
+    if arguments.signals:
         _note(arguments, "interrupted")
-    print()
     return 0
 
 
-def _write(path, text):
-    if not path:
+def _with_template(arguments, lm, prompt):
+    if not arguments.chat:
+        return prompt
+    if not isinstance(prompt, str) or lm.tokenizer is None:
+        raise Refused("--chat takes a prompt that is text, and a model with a tokenizer")
+    return lm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def _stream(arguments, lm, prompt):
+    shown, stats = False, {}
+    try:
+        with _Bar(arguments, "reading", "layer") as bar:
+            for piece in lm.stream(prompt, progress=bar, stats=stats, **_options(arguments)):
+                print(piece, end="", flush=True)
+                shown = True
+    except KeyboardInterrupt:
+        if not shown:
+            raise
+    print()
+    if stats:
+        speed = f", {stats['tokens_per_second']:.1f} tokens/s" if stats["tokens_per_second"] else ""
+        _note(arguments, f"{stats['new_tokens']} tokens, cache {stats['cache_bytes']:,} bytes{speed}")
+
+
+def _json(value) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _write(path: pathlib.Path | None, text: str):
+    """Prints, or replaces a file: all of it or nothing."""
+    if path is None:
         sys.stdout.write(text)
         return
-    temporary = pathlib.Path(str(path) + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    partial = path.with_name(f".jaxkv-{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _batch(arguments) -> int:
+def _batch(arguments, output) -> int:
     """JSONL in, JSONL out: a bad line gives an error line, and the rest goes on."""
-    lines = _read_text(arguments.jsonl).splitlines()
-    lm = _load(arguments)
+    text = _read_text(arguments.jsonl).removeprefix("\ufeff")
+    lm = _load(arguments, text=False)
     results, bad = [], 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)):
-                raise ValueError('a line must be an object with "prompt": a string or a list of token ids')
-            if not record["prompt"]:
-                raise ValueError("the prompt is empty")
-            out = lm.generate([record["prompt"]], samples=arguments.samples, logprobs=arguments.logprobs,
-                              **_options(arguments))  # fmt: skip
-            result = {**record, "completions": [dataclasses.asdict(c) for c in out]}
-        except ValueError as error:
-            result, bad = {"line": number, "error": str(error)}, bad + 1
-        results.append(json.dumps(result, ensure_ascii=False))
-        if not arguments.output:
-            print(results[-1], flush=True)
-    if arguments.output:
-        _write(arguments.output, "".join(line + "\n" for line in results))
+    try:
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string too
+            if not line.strip() or arguments.signals:
+                continue
+            try:
+                result = _json(_complete(arguments, lm, line))
+            except (Refused, ValueError, MemoryError, RecursionError) as error:
+                result, bad = _json({"line": number, "error": str(error)}), bad + 1
+            results.append(result)
+            if output is None:
+                print(result, flush=True)
+    except KeyboardInterrupt:
+        if not results:
+            raise
+    if output is not None:
+        _write(output, "".join(line + "\n" for line in results))
     if bad:
         print(f"jaxkv: {bad} of {len(results)} lines were refused", file=sys.stderr)
+    if arguments.signals:
+        _note(arguments, f"interrupted after {len(results)} lines")
+        return 128 + arguments.signals[-1]
     return 2 if bad and bad == len(results) else 0
+
+
+def _complete(arguments, lm, line: str) -> dict:
+    record = json.loads(line)
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, (str, list)):
+        raise Refused('a line must be an object with "prompt": a string or a list of token ids')
+    if not prompt:
+        raise Refused("the prompt is empty")
+    if isinstance(prompt, str):
+        _check_utf8(prompt, "the prompt")
+    prompt = _with_template(arguments, lm, prompt)
+    with _Bar(arguments, "reading", "layer") as bar:
+        out = lm.generate(
+            [prompt], samples=arguments.samples, logprobs=arguments.logprobs, progress=bar, **_options(arguments)
+        )
+    return {**record, "completions": [dataclasses.asdict(c) for c in out]}
 
 
 def _chat(arguments) -> int:
     _check_early(arguments)
-    document = _read_text(arguments.document) if arguments.document else None
+    if arguments.document == "-":
+        raise Refused("--document takes a file, because standard input holds the questions")
+    document = None if arguments.document is None else _read_text(arguments.document)
+    if document == "":
+        raise Refused(f"{arguments.document} is empty; leave --document out to talk without one")
     lm = _load(arguments)
-    session = lm.session(cache=arguments.cache, budget=arguments.budget, max_tokens=arguments.max_tokens)
+    session = lm.session(
+        cache=arguments.cache, budget=arguments.budget, max_tokens=arguments.max_tokens, streaming=arguments.streaming
+    )
     _note(arguments, session.plan.describe())
     if document:
-        session.extend(document, progress=_Bar(arguments, "reading", "layer"))
-    while True:
-        try:
+        with _Bar(arguments, "reading", "layer") as bar:
+            session.extend(document, progress=bar)
+    options = dict(max_new_tokens=arguments.max_new_tokens, sampling=_sampling(arguments), stop=arguments.stop)
+    answered, code = False, 0
+    try:
+        while True:
             question = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return 0
-        if not question.strip():
-            continue
-        try:
-            for piece in session.stream(
-                question, max_new_tokens=arguments.max_new_tokens, sampling=_sampling(arguments)
-            ):
-                if isinstance(piece, str):
-                    print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print("\n(interrupted; the conversation ends here)")
-            return 0
-        print()
+            if not question.strip():
+                continue
+            try:
+                for piece in session.stream(question, **options):
+                    if isinstance(piece, str):
+                        print(piece, end="", flush=True)
+                        answered = True
+                print()
+            except ValueError as error:  # too long a question leaves the conversation as it was
+                code = _refuse(error)
+    except EOFError:
+        return code
+    except UnicodeDecodeError as error:
+        raise Refused("standard input is not UTF-8; convert it to UTF-8") from error
+    except KeyboardInterrupt:
+        if not answered:
+            raise
+        print("\n(interrupted; the conversation ends here)")
+        return code
 
 
 def _evaluate(arguments) -> int:
-    from infer.evaluate import report
-    from infer.evaluate.run import evaluate
+    from infer.evaluate import TASKS, evaluate, load_samples, report
+    from infer.texts import TEXTS, load_text
+    from jaxkv.cache.budgets import parse_budget
+    from jaxkv.policies import make_policy
 
+    if arguments.plot is None and arguments.json and importlib.util.find_spec("matplotlib"):
+        arguments.plot = str(pathlib.Path(arguments.json).with_suffix(".png"))
+    rows_file, picture = _writable(arguments.json), _writable(arguments.plot or None)
+    if picture and importlib.util.find_spec("matplotlib") is None:
+        raise Refused("--plot needs matplotlib, which is not installed: pip install jaxkv[demo]")
     split = lambda text: [part.strip() for part in text.split(",") if part.strip()]
-    for path in (arguments.json, arguments.plot):
-        if path:
-            _writable(path)
-    text = _read_text(arguments.text)
+    caches, budgets, tasks = map(split, (arguments.caches, arguments.budgets, arguments.tasks))
+    for names, check in ((caches, make_policy), (budgets, parse_budget)):
+        for name in names:
+            check(name)
+    if unknown := [name for name in tasks if name not in TASKS]:
+        raise Refused(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    if arguments.samples_file is not None:
+        load_samples(arguments.samples_file)
+    text = (
+        load_text(arguments.text, offline=arguments.offline) if arguments.text in TEXTS else _read_text(arguments.text)
+    )
     lm = _load(arguments)
-    bar = _Bar(arguments, "evaluating", "step")
-    rows = evaluate(
-        lm, text=text, caches=split(arguments.caches), budgets=split(arguments.budgets), tasks=split(arguments.tasks),
-        context=arguments.context, next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
-        samples_file=arguments.samples_file, seed=arguments.seed, protocol=arguments.protocol,
-        progress=lambda done, total, what: bar(done, total),
-    )  # fmt: skip
+    with _Bar(arguments, "evaluating", "step") as bar:
+        rows = evaluate(
+            lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
+            next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
+            samples_file=arguments.samples_file, seed=arguments.seed, protocol=arguments.protocol, progress=bar,
+        )  # fmt: skip
     print(report.table(rows))
-    if arguments.json:
-        report.write_json(rows, arguments.json)
-    if arguments.plot:
-        report.write_picture(rows, arguments.plot)
-        _note(arguments, f"picture: {arguments.plot}")
+    if rows_file:
+        report.write_json(rows, rows_file)
+    if picture:
+        report.write_picture(rows, picture)
+        _note(arguments, f"picture: {picture}")
     return 0
 
 

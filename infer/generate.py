@@ -131,14 +131,16 @@ def collect(pieces: Iterator[tuple], started: float) -> tuple[list[Generated], S
     except KeyboardInterrupt:
         if rows is None:
             raise
-    decoding = time.perf_counter() - first
-    decoded = count - len(rows)
-    times = {
+    return rows, loop.state, times(started, first, time.perf_counter(), count - len(rows))
+
+
+def times(started: float, first: float, last: float, decoded: int) -> dict[str, float | None]:
+    """What `Completion.stats` says of time: seconds until the first token, then `decoded` more tokens until `last`."""
+    return {
         "time_to_first_token": first - started,
-        "decode_seconds": decoding,
-        "tokens_per_second": decoded / decoding if decoded else None,
+        "decode_seconds": last - first,
+        "tokens_per_second": decoded / (last - first) if decoded else None,
     }
-    return rows, loop.state, times
 
 
 def _seen(prompts, vocab):

@@ -109,17 +109,32 @@ class LanguageModel:
 
     def stream(self, prompt, *, max_new_tokens: int = 128, cache="full", budget=None, layer_weights=None,
                policy_options=None, sampling: Sampling | None = None, stop: list[str] | None = None, streaming: bool = False,
-               progress=None) -> Iterator[str]:  # fmt: skip
-        """Yields the completion of one prompt as pieces of text, as they come. Arguments as `generate`."""
+               progress=None, stats: dict | None = None) -> Iterator[str]:  # fmt: skip
+        """Yields the completion of one prompt as pieces of text, as they come. Arguments as `generate`.
+
+        stats: a dict that holds, after each piece, what `Completion.stats` says of the tokens so far.
+        """
         rows = self._rows([prompt] if isinstance(prompt, str) else [list(prompt)])
         lengths = [len(rows[0]) + _at_least("max_new_tokens", max_new_tokens, 1)]
         self._check_window(lengths, streaming)
         planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
         request = self._request([sampling or Sampling()], 1, max_new_tokens, stop)
+        started, compiled = time.perf_counter(), _compile_seconds()
         state = new_state(self.config, planned, lengths)
         hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
         pieces = generation.run(self.params, hidden, state, request, config=self.config, prompts=rows)
-        yield from self.texts(pieces, stop)
+        stats = {} if stats is None else stats
+
+        def watched():
+            first, count = None, 0
+            for piece in pieces:
+                now, count = time.perf_counter(), count + len(piece[0][0])
+                first = first or now
+                times = generation.times(started, first, now, count - 1)
+                stats.update(self._stats(planned, rows[0], count, times, _compile_seconds() - compiled))
+                yield piece
+
+        yield from self.texts(watched(), stop)
 
     def texts(self, pieces, stop=None) -> Iterator[str]:
         """Turns the token blocks of row 0 into pieces of text; holds back what may be half a character or a stop."""
@@ -210,16 +225,19 @@ class LanguageModel:
     def _visible(self, ids):
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
-    def _completion(self, made, prompt, planned, times, compile_seconds, stop, logprobs) -> Completion:
-        ids = self._visible(made.token_ids)
-        stats = {
+    def _stats(self, planned, prompt, new_tokens, times, compile_seconds) -> dict[str, Any]:
+        return {
             "cache_bytes": planned.bytes_per_row,
             "cache": planned.describe(),
             "prompt_tokens": len(prompt),
-            "new_tokens": len(made.token_ids),
+            "new_tokens": new_tokens,
             "compile_seconds": compile_seconds,
             **times,
         }
+
+    def _completion(self, made, prompt, planned, times, compile_seconds, stop, logprobs) -> Completion:
+        ids = self._visible(made.token_ids)
+        stats = self._stats(planned, prompt, len(made.token_ids), times, compile_seconds)
         text = trim(self.decode(ids), stop or [])
         return Completion(text, ids, made.logprobs[: len(ids)] if logprobs else None, stats)
 

@@ -28,9 +28,23 @@ class Answer:
 
 
 class Session:
-    """One row of state that grows by `extend` and `ask`. max_tokens: planned length, which "20%" refers to."""
+    """One row of state that grows by `extend` and `ask`.
 
-    def __init__(self, lm, *, cache="full", budget=None, max_tokens: int, system: str | None = None, **options):
+    max_tokens: planned length, which "20%" refers to. streaming: allow positions past the model's window.
+    """
+
+    def __init__(
+        self, lm, *, cache="full", budget=None, max_tokens: int, system: str | None = None, streaming: bool = False,
+        **options,
+    ):  # fmt: skip
+        if lm.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json, and a session takes text")
+        window = lm.config.max_positions
+        if max_tokens < 1 or (max_tokens > window and not streaming):
+            raise ValueError(
+                f"max_tokens must be from 1 to {window}, the model's window, got {max_tokens}; ask for streaming to go"
+                " past the window"
+            )
         self.lm = lm
         self.plan = lm.plan(cache, budget, lengths=[max_tokens], **options)
         self.max_tokens = max_tokens
@@ -47,7 +61,9 @@ class Session:
         """Reads a text into the cache, inside a user turn that a later `ask` closes."""
         if not text:
             raise ValueError("the text is empty; extend takes at least one character")
-        _, self.state = self._read(self._ids(text), self.state, progress)
+        ids = self._ids(text)
+        self._check_room(len(ids), "the text needs")
+        _, self.state = self._read(ids, self._take(), progress)
         self._open = True
 
     def ask(self, question: str, *, remember: bool = False, max_new_tokens: int = 128,
@@ -62,49 +78,64 @@ class Session:
         *_, answer = self._ask(question, remember, max_new_tokens, sampling, stop)
         return answer
 
-    def stream(self, question: str, *, max_new_tokens: int = 128, sampling: Sampling | None = None):
-        """`ask(remember=True)` as pieces of text while they come; the last item is the Answer."""
-        yield from self._ask(question, True, max_new_tokens, sampling, None)
+    def stream(self, question: str, *, max_new_tokens: int = 128, sampling: Sampling | None = None,
+               stop: list[str] | None = None):  # fmt: skip
+        """`ask(remember=True)` as pieces of text while they come; the last item is the Answer.
+
+        Closed early, it remembers what had come.
+        """
+        yield from self._ask(question, True, max_new_tokens, sampling, stop)
 
     def _ask(self, question, remember, max_new_tokens, sampling, stop):
         lm = self.lm
+        request = lm._request([sampling or Sampling()], 1, max_new_tokens, stop)
         ids = self._ids(question) + lm.tokenizer.encode(self.pieces.after_user)
-        kept = (self.position, list(self._pending), self._open)
-        state = self.state if remember else jax.tree.map(jnp.copy, self.state)
-        copied = 0 if remember else tree_bytes(state)
-        if self.position + len(ids) + max_new_tokens > self.max_tokens:
-            raise ValueError(
-                f"question and answer need {len(ids) + max_new_tokens} more positions, the session has"
-                f" {self.max_tokens - self.position} of {self.max_tokens} left; make it with a larger max_tokens"
-            )
-        hidden, state = self._read(ids, state)
-        request = lm._request(1, 1, sampling or Sampling(), max_new_tokens, stop)
-        made, loop, shown = [], None, 0
-        for tokens, _, loop in generation.run(lm.params, hidden, state, request, config=lm.config, prompts=[ids]):  # noqa: B007 the last one is used
-            made += tokens[0]
-            text = trim(lm.decode(lm._visible(made)), stop or [])
-            ready = text.rstrip("\ufffd")
-            yield ready[shown:]
-            shown = max(shown, len(ready))
-        if remember:
-            self.state = loop.state
-            self.position += len(made) - 1  # the last token is not in the state yet
-            self._pending = lm._visible(made)[len(made) - 1 :] + lm.tokenizer.encode(self.pieces.after_answer)
-            self._open = True
-        else:
-            self.position, self._pending, self._open = kept
+        self._check_room(len(ids) + max_new_tokens, "question and answer need")
+        kept = (self.position, self._pending, self._open)
+        state, copied = self._take(), 0
+        if not remember:
+            self.state, state, copied = state, jax.tree.map(jnp.copy, state), tree_bytes(state)
+        made, loop = [], None
+
+        def blocks():
+            nonlocal loop
+            for tokens, _, loop in generation.run(lm.params, hidden, state, request, config=lm.config, prompts=[ids]):
+                made.extend(tokens[0])
+                yield tokens, None, loop
+
+        try:
+            hidden, state = self._read(ids, state)
+            yield from lm.texts(blocks(), stop)
+        finally:  # also when it is interrupted or closed early
+            if not remember:
+                self.position, self._pending, self._open = kept
+            elif loop is not None and not loop.token.is_deleted():
+                self.state = loop.state
+                self.position += len(made) - 1  # the last token is not in the state yet
+                self._pending = lm._visible(made)[len(made) - 1 :] + lm.tokenizer.encode(self.pieces.after_answer)
+                self._open = True
+        text = trim(lm.decode(lm._visible(made)), stop or [])
         yield Answer(text, lm._visible(made), {"cache_bytes": self.cache_bytes, "copy_bytes": copied})
+
+    def _take(self):
+        """The state, which reading donates; until one is put back, the session has none."""
+        if self.state is None:
+            raise ValueError("the session was interrupted while its state was changing, and lost it; make a new one")
+        state, self.state = self.state, None
+        return state
 
     def _ids(self, text):
         before = [] if self._open else self.lm.tokenizer.encode(self.pieces.before_user)
         return self._pending + before + self.lm.tokenizer.encode(text)
 
-    def _read(self, ids, state, progress=None):
-        if self.position + len(ids) > self.max_tokens:
+    def _check_room(self, tokens, what):
+        if self.position + tokens > self.max_tokens:
             raise ValueError(
-                f"{len(ids)} tokens do not fit: the session has {self.max_tokens - self.position} of"
-                f" {self.max_tokens} positions left; make it with a larger max_tokens"
+                f"{what} {tokens} more positions, the session has {self.max_tokens - self.position} of"
+                f" {self.max_tokens} left; make it with a larger max_tokens"
             )
+
+    def _read(self, ids, state, progress=None):
         hidden, state = read(self.lm.params, [ids], state, config=self.lm.config, progress=progress)
         self.position += len(ids)
         self._pending = []

@@ -119,3 +119,16 @@ def test_past_the_window_only_if_asked():
     assert logits[0, 59:-1].argmax(axis=-1).tolist() == out.token_ids
     short = np.asarray(lm.logits([long]))
     assert np.abs(short[0, 50] - logits[0, 50]).max() > 1e-3
+
+
+def test_stream_fills_the_stats(lm, monkeypatch):
+    """After each piece they say what `generate` says of so many tokens."""
+    monkeypatch.setattr(LanguageModel, "decode", lambda self, ids: "".join(chr(97 + i % 26) for i in ids))
+    stats, seen = {}, []
+    for _ in lm.stream(PROMPT, max_new_tokens=40, cache="h2o", budget=20, stats=stats):
+        seen.append(stats["new_tokens"])
+    whole = lm.generate([PROMPT], max_new_tokens=40, cache="h2o", budget=20)[0].stats
+    assert seen == [1, 33, 40]
+    assert stats.keys() == whole.keys()
+    assert all(stats[k] == whole[k] for k in ("cache_bytes", "cache", "prompt_tokens", "new_tokens"))
+    assert stats["tokens_per_second"] > 0
