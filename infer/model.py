@@ -92,9 +92,9 @@ class LanguageModel:
         lengths = [len(row) + _at_least("max_new_tokens", max_new_tokens, 1) for row in rows]
         self._check_window(lengths, streaming)
         planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
-        request = self._request(samplings, samples, max_new_tokens, stop)
         started, compiled = time.perf_counter(), _compile_seconds()
         state = new_state(self.config, planned, lengths, copies=samples)
+        request = self._request(samplings, samples, max_new_tokens, stop)
         hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
         if samples > 1:
             hidden, state = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (hidden, state))
@@ -165,7 +165,8 @@ class LanguageModel:
         """A conversation over one budgeted state; see `infer.session.Session`."""
         from infer.session import Session
 
-        return Session(self, cache=cache, budget=budget, max_tokens=max_tokens or self.config.max_positions, **options)
+        max_tokens = self.config.max_positions if max_tokens is None else max_tokens
+        return Session(self, cache=cache, budget=budget, max_tokens=max_tokens, **options)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the beginning-of-sequence id only if the tokenizer itself asks for it."""

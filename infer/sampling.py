@@ -29,7 +29,7 @@ class Sampling:
 
     def __post_init__(self):
         for name, good, accepted in (
-            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number >= 0"),
+            ("temperature", 0 <= self.temperature <= 1e6, "a number from 0 to 1e6"),
             ("top_k", isinstance(self.top_k, numbers.Integral) and self.top_k >= 0, "an int >= 0 (0 = off)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),

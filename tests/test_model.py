@@ -132,3 +132,12 @@ def test_stream_fills_the_stats(lm, monkeypatch):
     assert stats.keys() == whole.keys()
     assert all(stats[k] == whole[k] for k in ("cache_bytes", "cache", "prompt_tokens", "new_tokens"))
     assert stats["tokens_per_second"] > 0
+
+
+def test_numbers_out_of_range(lm):
+    with pytest.raises(ValueError, match=r"more than 0 and below 10\*\*15"):
+        lm.plan("recency", "9" * 400, lengths=[100])
+    with pytest.raises(MemoryError, match="999999999 sequences"):
+        lm.generate([PROMPT], samples=999_999_999)
+    with pytest.raises(ValueError, match="no tokenizer.json, and a session takes text"):
+        lm.session(max_tokens=0)

@@ -81,8 +81,8 @@ def parse_budget(budget: int | float | str | None) -> Budget:
     if isinstance(budget, bool) or match is None:
         raise ValueError(f"budget {budget!r} is not understood; {accepted}")
     amount, unit = float(match[1]), match[2].lower()
-    if amount <= 0:
-        raise ValueError(f"budget {budget!r} must be more than 0; {accepted}")
+    if not 0 < amount < 1e15:
+        raise ValueError(f"budget {budget!r:.40} must be more than 0 and below 10**15; {accepted}")
     if unit == "%":
         if amount > 100:
             raise ValueError(f"budget {budget!r} is more than 100%; {accepted}")
