@@ -273,3 +273,11 @@ def test_settings_in_an_old_config_json():
     expected = Generation((2,), sampling={"top_k": 50}, ignored=("no_repeat_ngram_size=3",))
     assert parse_generation({}, old) == expected
     assert parse_generation({"eos_token_id": 2}, old) == Generation((2,))
+
+
+def test_gemma2_may_say_its_window_twice():
+    """As the published files do; but not with another value."""
+    config = {"model_type": "gemma2", "sliding_window": 512, "num_hidden_layers": 2}
+    parse_config(config | {"sliding_window_size": 512})
+    with pytest.raises(CheckpointError, match="'sliding_window_size' .= 256. is not known"):
+        parse_config(config | {"sliding_window_size": 256})

@@ -97,12 +97,12 @@ def _gather(tier, entries, index):
     index = jnp.where(valid, index, 0)
 
     def pick(old, new):  # [B, P, S, ...], [B, P, n, ...]
-        both = jnp.concatenate([old, new.astype(old.dtype)], axis=2)
+        both = jnp.concatenate([old.astype(new.dtype), new], axis=2)  # what was not stored stays as it was given
         return jnp.take_along_axis(both, index.reshape(index.shape + (1,) * (both.ndim - 3)), axis=2)
 
     return Entries(
-        keys=pick(jnp.swapaxes(tier_keys(tier), -1, -2), entries.keys).astype(entries.keys.dtype),
-        values=pick(tier_values(tier), entries.values).astype(entries.values.dtype),
+        keys=pick(jnp.swapaxes(tier_keys(tier), -1, -2), entries.keys),
+        values=pick(tier_values(tier), entries.values),
         positions=jnp.where(valid, pick(tier.positions, entries.positions), EMPTY),
         slots=jax.tree.map(pick, tier.slots, entries.slots),
         valid=valid,

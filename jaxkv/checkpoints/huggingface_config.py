@@ -238,6 +238,8 @@ def _harmless_extra(key: str, text: Mapping[str, Any]) -> bool:
     model_type, value = text["model_type"], text[key]
     if key == "hidden_act" and model_type in ("gemma2", "gemma3_text"):  # a leftover: hidden_activation is what counts
         return _ACTIVATIONS.get(value, "").startswith("gelu")
+    if key == "sliding_window_size" and model_type == "gemma2":  # the published files have both, equal
+        return value == text.get("sliding_window", 4096)
     if key == "attention_bias" and model_type == "qwen2":  # q, k, v have biases whatever it says, o has none
         return value is True
     return key == "head_dim"
