@@ -1,8 +1,9 @@
-"""A tiny random model, its cases and what to look at in a state, for `test_cache.py`; oracle: `cache_reference.py`.
+"""A tiny random model, its cases and what to look at in a state, for the tests of the cache; oracle: `cache_reference.py`.
 
-Programs and shapes are few and shared: `run` reads a prompt of T tokens and then takes STEPS single ones.
+Programs and shapes are few and shared: `run_case` reads a prompt of T tokens, then `take_steps` takes STEPS single ones.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -17,7 +18,7 @@ from jaxkv import decoder
 from jaxkv.cache import decode, empty_state, extend
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.policies import H2O, POLICIES, Full, Policy, make_policy
-from jaxkv.types import LayerSpec, TierSpec
+from jaxkv.types import Encoded, LayerSpec, TierSpec
 
 B, T, STEPS, SLOTS, WINDOW = 4, 24, 12, 40, 7
 ROPE = RopeConfig(kind="default", theta=100.0, rotary_dim=8)
@@ -59,8 +60,8 @@ def budgets(policy, limits, config=MIXED):
     return np.stack([limits if c.window is None else np.minimum(limits, c.window) for c in config.layers])
 
 
-def new_state(policy, limits, config=MIXED, slots=(SLOTS,)):
-    tiers = tuple(TierSpec(slots=count, scheme=("f32", "f32")) for count in slots)
+def new_state(policy, limits, config=MIXED, slots=(SLOTS,), scheme="f32"):
+    tiers = tuple(TierSpec(slots=count, scheme=(scheme, scheme)) for count in slots)
     spec = (LayerSpec(policy=policy, tiers=tiers),) * config.num_layers
     return empty_state(config, spec, limits=budgets(policy, limits, config), lengths=[T + STEPS] * len(limits[0]))
 
@@ -86,27 +87,47 @@ def make_case(seed, limits=((SLOTS, 12, 7, 20),)):
     return Case(tokens, valid, rng.integers(0, 64, (STEPS, B)).astype(np.int32), then_valid, np.asarray(limits))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def run(tokens, valid, then, then_valid, state, *, config):
-    """The prompt, then single tokens. Returns: hidden, the state, hidden of the steps, positions after each, the state."""
-    hidden, after = extend(PARAMS, tokens, state, config=config, valid=valid)
-
-    def step(state, given):
-        hidden, state = decode(PARAMS, given[0], state, config=config, valid=given[1])
-        return state, (hidden, [[tier.positions for tier in layer.tiers] for layer in state.layers])
-
-    final, (hiddens, positions) = jax.lax.scan(step, after, (then, then_valid))
-    return hidden, after, hiddens, positions, final
-
-
-def run_case(policy, case: Case, config=MIXED, slots=(SLOTS,), offsets=None):
-    state = new_state(policy, case.limits, config, slots)
+def read(policy, case: Case, config=MIXED, slots=(SLOTS,), offsets=None, params=PARAMS, scheme="f32"):
+    """The prompt, as users' programs read it: eagerly, layer by layer, on an empty state. Returns: hidden, the state."""
+    state = new_state(policy, case.limits, config, slots, scheme)
     if offsets is not None:
         state = dataclasses.replace(state, offsets=tuple(jnp.full((B,), x, jnp.int32) for x in offsets))
-    return jax.device_get(run(case.tokens, case.valid, case.then, case.then_valid, state, config=config))
+    return extend(params, jnp.asarray(case.tokens), state, config=config, valid=jnp.asarray(case.valid))
 
 
-take_one = jax.jit(decode, static_argnames=("config",))
+TRACES = collections.Counter()  # of `take_steps`: how often each program was traced
+
+
+@functools.partial(jax.jit, static_argnames=("config", "by"))
+def take_steps(params, then, then_valid, state, *, config, by):
+    """Single tokens, by "decode" or by "extend". Returns: hidden of the steps, positions after each, the state."""
+    kinds = jax.tree.map(lambda x: (x.shape, x.dtype.name), (params["final_norm"], then, state))
+    TRACES[by, config, str(kinds)] += 1
+
+    def step(state, given):
+        token, valid = given
+        if by == "decode":
+            hidden, state = decode(params, token, state, config=config, valid=valid)
+        else:
+            hidden, state = extend(params, token[:, None], state, config=config, valid=valid[:, None])
+            hidden = hidden[:, 0]
+        return state, (hidden, [[tier.positions for tier in layer.tiers] for layer in state.layers])
+
+    final, (hiddens, positions) = jax.lax.scan(step, state, (then, then_valid))
+    return hiddens, positions, final
+
+
+def go_on(case: Case, state, config=MIXED, by="decode", params=PARAMS):
+    """`take_steps` on the host's side."""
+    return jax.device_get(take_steps(params, case.then, case.then_valid, state, config=config, by=by))
+
+
+def run_case(policy, case: Case, config=MIXED, **options):
+    """Returns: hidden of the prompt, the state after it, hidden of the steps, positions after each, the last state."""
+    hidden, after = jax.device_get(read(policy, case, config, **options))
+    return hidden, after, *go_on(case, after, config, params=options.get("params", PARAMS))
+
+
 extend_jitted = jax.jit(extend, static_argnames=("config",))
 
 
@@ -138,23 +159,61 @@ def kept_sets(state):
 
 
 def contents(state):
-    """Every live slot of a one-tier state: {(layer, row, head, position): arrays of key, value and the policy's state}."""
-    found = {}
-    for index, layer in enumerate(jax.device_get(state.layers)):
+    """Per layer of a one-tier state: live [B, P, position], and keys, values and the policy's state laid out like it."""
+    found = []
+    for layer in jax.device_get(state.layers):
         (tier,) = layer.tiers
-        for b, p, s in zip(*np.nonzero(tier.positions >= 0), strict=True):
-            slots = [x[b, p, s] for x in jax.tree.leaves(tier.slots)]
-            key, value = tier.keys.codes[b, p, :, s], tier.values.codes[b, p, s]
-            found[index, int(b), int(p), int(tier.positions[b, p, s])] = [key, value, *slots]
+        b, p, s = np.nonzero(tier.positions >= 0)
+        at = tier.positions[b, p, s]
+        live = np.zeros((*tier.positions.shape[:2], 2 * SLOTS), bool)
+        live[b, p, at] = True
+        parts = []
+        for part in (np.swapaxes(tier.keys.codes, 2, 3), tier.values.codes, *jax.tree.leaves(tier.slots)):
+            placed = np.zeros((*live.shape, *part.shape[3:]), part.dtype)
+            placed[b, p, at] = part[b, p, s]
+            parts.append(placed)
+        found.append((live, parts))
     return found
 
 
-def assert_same_contents(one, other, atol=0.0):
-    one, other = contents(one), contents(other)
-    assert one.keys() == other.keys()
-    for where, parts in one.items():
-        for a, b in zip(parts, other[where], strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=0 if a.dtype.kind != "f" else atol, err_msg=str(where))
+def assert_contained(some, everything, atol=0.0, parts=None, rows=slice(None)):
+    """Whatever `some` holds, `everything` holds as well, and alike. parts: 2 = keys and values only. rows: an index."""
+    for number, ((live, mine), (room, theirs)) in enumerate(zip(contents(some), contents(everything), strict=True)):
+        live, room = live[rows], room[rows]
+        assert not (live & ~room).any()
+        for a, b in zip(mine[:parts], theirs[:parts], strict=parts is None):
+            a, b, slack = a[rows][live], b[rows][live], atol if a.dtype.kind == "f" else 0.0
+            np.testing.assert_allclose(a, b, rtol=0, atol=slack, err_msg=f"layer {number}")
+
+
+def assert_same_contents(one, other, atol=0.0, parts=None, rows=slice(None)):
+    assert_contained(one, other, atol, parts, rows)
+    for (live, _), (also, _) in zip(contents(one), contents(other), strict=True):
+        np.testing.assert_array_equal(live[rows], also[rows])
+
+
+def poison(state):
+    """The state with garbage in its dead slots: NaN keys, large finite values, all bits set in what the policy keeps."""
+
+    def filled(x, dead, garbage):
+        dead = dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim))
+        return np.where(dead, np.asarray(garbage, x.dtype), x)
+
+    def spoil(tier):
+        dead = tier.positions < 0
+        nan, large = (0x7FC0, 0x7149) if tier.keys.codes.dtype == np.uint16 else (np.nan, 1e30)  # as bits of bfloat16
+        ones = lambda x: filled(x, dead, np.nan if x.dtype.kind == "f" else np.iinfo(x.dtype).max)
+        return dataclasses.replace(
+            tier,
+            keys=Encoded(codes=filled(tier.keys.codes, dead[:, :, None], nan)),
+            values=Encoded(codes=filled(tier.values.codes, dead, large)),
+            slots=jax.tree.map(ones, tier.slots),
+        )
+
+    layers = (
+        dataclasses.replace(layer, tiers=tuple(map(spoil, layer.tiers))) for layer in jax.device_get(state.layers)
+    )
+    return dataclasses.replace(state, layers=tuple(layers))
 
 
 def assert_rows_equal(one, other, rows, axis=0):
@@ -188,19 +247,34 @@ def check_promises(policy, case, results, config):
                 assert sum(map(len, sets)) == len(held) and all(0 <= x <= newest for x in held)
                 if kind.window is not None:
                     assert all(newest + 1 - x < kind.window for x in held)
-                must = protected_positions(policy, limits[index, 0, b], newest, kind.window)
-                assert len(must) > limits[index, 0, b] or must <= sets[0]
+                else:
+                    assert len(held) == min(limits[index, :, b].sum(), newest + 1)  # what there is room for stays
+                must = sorted(protected_positions(policy, limits[index, 0, b], newest, kind.window), reverse=True)
+                assert sets[0] >= set(must[: limits[index, 0, b]])  # the newest of them, where not all fit
                 if before is not None:
                     assert held <= before | {newest}  # nothing returns
                 before = held
     np.testing.assert_array_equal(final.next_position, counts[-1])
 
 
-def check_oracle(policy, case, results, config, row):
+def check_survivors(results):
+    """What stays is neither moved nor encoded again."""
+    for before, after in zip(results[1].layers, results[4].layers, strict=True):
+        for old, new in zip(before.tiers, after.tiers, strict=True):
+            stayed = (old.positions >= 0) & (old.positions == new.positions)
+            for b, p in np.ndindex(*stayed.shape[:2]):
+                assert not live_set(old.positions[b, p][~stayed[b, p]]) & live_set(new.positions[b, p])
+            np.testing.assert_array_equal(old.values.codes[stayed], new.values.codes[stayed])
+            keys = (np.swapaxes(tier.keys.codes, 2, 3)[stayed] for tier in (old, new))
+            np.testing.assert_array_equal(*keys)
+
+
+def check_oracle(policy, case, results, config, row, oracle=cache_reference.Reference):
     """Whether the kept sets of one row are the reference's, and its margin; if they are, the numbers must be as well."""
     hidden, after, hiddens, steps, final = results
-    reference = cache_reference.Reference(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config)[..., row])
-    expected = [reference.read(case.tokens[row][case.valid[row]])]
+    reference = oracle(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config)[..., row])
+    prompt = case.valid[row].any()
+    expected = [reference.read(case.tokens[row][case.valid[row]])] if prompt else [np.zeros((0, hidden.shape[-1]))]
     found = [hidden[row][case.valid[row]]]
     same = all(
         live_set(np.asarray(tier.positions[row, p])) == {t.position for t in reference.layers[i][p][n]}

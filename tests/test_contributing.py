@@ -4,14 +4,13 @@ import importlib.util
 import pathlib
 import re
 
-import jax
+import cache_reference
 import jax.numpy as jnp
 import numpy as np
+import tolerances
+from cache_harness import MIXED, B, check_oracle, check_promises, make_case, run_case
 
-from jaxkv.cache import empty_state, extend, forward
-from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
-from jaxkv.decoder import init_params
-from jaxkv.types import LayerSpec, Rows, TierSpec
+from jaxkv.types import Rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -32,28 +31,30 @@ def test_the_score_of_the_worked_example_on_hand_made_attention():
     rows = Rows(remaining=remaining, valid=valid, count=count, live=live)
     slots = policy.absorb(policy.enter((1, 1, 3)), policy.row_statistic(p, p > 0, rows, ()), (), count)
     score = policy.score(slots, (), jnp.arange(3, dtype=jnp.int32)[None, None])
-    np.testing.assert_allclose(score, np.array([[[2.0**-8, 2.0**-16, 2.0**-16]]]), rtol=1e-6)
+    np.testing.assert_allclose(score, np.array([[[2.0**-8, 2.0**-16, 2.0**-16]]]), rtol=tolerances.EIGHTH_POWER)
+
+
+class PeakReference(cache_reference.Reference):
+    """What the example says it keeps, from every probability that a token ever got."""
+
+    def _score(self, token, index, head):
+        return sum(share**8 for _, share, _ in token.seen)
+
+
+class SumReference(cache_reference.Reference):
+    """Not what it keeps: the sum of all that a token got."""
+
+    def _score(self, token, index, head):
+        return sum(share for _, share, _ in token.seen)
 
 
 def test_the_worked_example_of_contributing_runs():
-    policy = example(recent=2)
-    rope = RopeConfig(kind="default", theta=10000.0, rotary_dim=8)
-    config = DecoderConfig(
-        model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=8,
-        layers=(LayerConfig(window=None, rope=rope),) * 2, max_positions=64, norm_eps=1e-5, norm_offset=0.0,
-        activation="silu", query_scale=8**-0.5, embedding_scale=1.0, tie_embeddings=True,
-    )  # fmt: skip
-    params = init_params(config, jax.random.key(0))
-    spec = (LayerSpec(policy=policy, tiers=(TierSpec(slots=6, scheme=("f32", "f32")),)),) * 2
-    state = empty_state(config, spec, limits=np.full((2, 1, 1), 6), lengths=[20])
-    tokens = jax.random.randint(jax.random.key(1), (1, 20), 0, 32)
-    hidden, state = extend(params, tokens, state, config=config)
-    np.testing.assert_allclose(hidden, forward(params, tokens, config=config), atol=1e-5)
-    for layer in state.layers:
-        positions, peaks = np.asarray(layer.tiers[0].positions)[0], np.asarray(layer.tiers[0].slots["sum"])[0]
-        for kept, peak in zip(positions, peaks, strict=True):
-            assert {18, 19} <= set(kept.tolist()) and (kept >= 0).all()
-            assert peak[kept < 18].min() > 0
+    """Through a prompt and single steps, in a whole and a local layer, it keeps what the reference keeps."""
+    policy, case = example(recent=2), make_case(0)
+    results = run_case(policy, case)
+    check_promises(policy, case, results, MIXED)
+    verdicts = lambda reference: [check_oracle(policy, case, results, MIXED, row, reference)[0] for row in range(B)]
+    assert all(verdicts(PeakReference)) and not all(verdicts(SumReference))
 
 
 def test_readme_tables_are_the_codes():
