@@ -48,7 +48,7 @@ from jaxkv.policies import Full
 
 RUNS, ROWS = 86, 336  # per policy, at least; of six policies: 516 runs, 2,016 cases
 FEW = settings(max_examples=3, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=46)
+MANY = settings(FEW, max_examples=56)
 
 
 @st.composite
