@@ -5,10 +5,13 @@ import os
 import jax
 import pytest
 
-from jaxkv.checkpoints import CheckpointError
-from jaxkv.checkpoints.named import find_named
+pytest.register_assert_rewrite("cache_harness", "command_harness")
 
-pytest.register_assert_rewrite("cache_harness")
+from command_harness import alphabet, command, generate, heard, interrupt  # noqa: E402, F401 fixtures
+
+from jaxkv.checkpoints import CheckpointError  # noqa: E402
+from jaxkv.checkpoints.named import find_named  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,92 +1,17 @@
 """The command at work, in this process, on a tiny model that says the alphabet: what it prints, writes and leaves."""
 
 import functools
-import io
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import tqdm
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from command_harness import BLOCK, LETTERS, after, assert_refused
 
-import infer
 from infer.cli import main
-from jaxkv.checkpoints import Generation, save
-from jaxkv.checkpoints import Tokenizer as Wrapped
-from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
-from jaxkv.decoder import init_params
-
-LETTERS = "abcdefghijklmnopqrstuvwxyzé "  # é is two tokens
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
-)
-ROPE = RopeConfig(kind="default", theta=10000.0, rotary_dim=8)
-CONFIG = DecoderConfig(
-    model_type="llama", vocab_size=258, hidden_size=64, intermediate_size=32, num_heads=4, num_kv_heads=2, head_dim=8,
-    layers=(LayerConfig(window=None, rope=ROPE),) * 2, max_positions=2048, norm_eps=1e-6, norm_offset=0.0,
-    activation="silu", query_scale=8**-0.5, embedding_scale=1.0, tie_embeddings=False,
-)  # fmt: skip
-
-
-def after(prompt: str, tokens: int) -> str:
-    """What the model says: the alphabet, from the letter after the prompt's last, `tokens` bytes of it."""
-    start = LETTERS.index(prompt[-1]) + 1
-    said = "".join(itertools.islice(itertools.cycle(LETTERS), start, start + tokens))
-    return said.encode()[:tokens].decode(errors="replace")
-
-
-@pytest.fixture(scope="module")
-def alphabet(tmp_path_factory):
-    """A checkpoint with one token for each byte: the head's row of a letter is the embedding of the one before it."""
-    special = ["<|start|>", "<|end|>"]
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    tokenizer = Wrapped(backend, eos_ids=(1,), bos_id=0, chat_template=TEMPLATE)
-    table = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (258, 64))
-    head, cycle = np.zeros((64, 258), np.float32), tokenizer.encode(LETTERS)
-    head[:, np.roll(cycle, -1)] = table[cycle].T
-    params = dict(init_params(CONFIG, jax.random.key(0)))
-    params |= {"embedder": {"embedding": jnp.asarray(table)}, "head": {"kernel": jnp.asarray(head)}}
-    folder = tmp_path_factory.mktemp("models") / "alphabet"
-    save(folder, CONFIG, params, tokenizer=tokenizer, generation=Generation(eos_ids=(1,)))
-    return folder
-
-
-@pytest.fixture
-def command(alphabet, capsys, monkeypatch):
-    """Runs the command; gives the exit code, standard output and standard error."""
-
-    def run(name, *arguments, stdin=b"", terminal=False):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii"))
-        code = main([name, "--model", str(alphabet), "--compilation-cache", "", *arguments])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def generate(command):
-    """`generate` of eight tokens, which a later --max-new-tokens changes."""
-    return functools.partial(command, "generate", "--max-new-tokens", "8", "--quiet")
-
-
-def assert_refused(result, message):
-    code, out, err = result
-    assert (code, out) == (2, "") and message in err, result
-    assert len(err.splitlines()) == 1 and err.startswith("jaxkv: error: ")
-
 
 # generate
 
@@ -258,25 +183,6 @@ def test_jsonl_options_and_output(generate, tmp_path):
 # Interruption
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
-    """interrupt(name, call, n): the function `name` gets a signal when it is called for the call-th time."""
-
-    def install(name, call, number=signal.SIGINT):
-        module, _, attribute = name.rpartition(".")
-        real, count = getattr(sys.modules[module], attribute), itertools.count(1)
-
-        def wrapped(*args, **kwargs):
-            if next(count) == call:
-                assert signal.getsignal(number) is not signal.SIG_DFL  # which would end the tests
-                signal.raise_signal(number)
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(name, wrapped)
-
-    return install
-
-
 def test_ctrl_c_while_streaming(alphabet):
     """A real process and a real signal; no limit of tokens is ever reached."""
     own_handler = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job ignores the signal
@@ -293,9 +199,6 @@ def test_ctrl_c_while_streaming(alphabet):
     said = (first + out).decode()
     assert process.returncode == 0 and said == after("abc", len(said.encode()) - 1) + "\n"
     assert err.decode().splitlines()[-1] == "interrupted" and b"Traceback" not in err
-
-
-BLOCK = "infer.generate._block"  # the second of them: 1 + 32 tokens are there
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -373,134 +276,6 @@ def test_too_little_memory_is_said_before_allocation(command, generate, monkeypa
     code, out, _ = generate("--jsonl", "-", "--max-new-tokens", "2000", stdin=b'{"prompt": "abc"}')
     assert code == 2 and "the cache needs" in json.loads(out)["error"]
     assert list(tmp_path.iterdir()) == [text]
-
-
-# chat
-
-
-@pytest.fixture
-def chat(command):
-    return functools.partial(command, "chat", "--max-new-tokens", "3", "--max-tokens", "160", "--quiet")
-
-
-@pytest.fixture
-def heard(alphabet, monkeypatch):
-    """The texts that sessions read, special tokens included."""
-    tokenizer, texts = infer.load(alphabet).tokenizer, []
-    real = infer.session.read
-
-    def read(params, rows, *args, **kwargs):
-        texts.append(tokenizer.decode(rows[0], skip_special=False))
-        return real(params, rows, *args, **kwargs)
-
-    monkeypatch.setattr("infer.session.read", read)
-    return texts
-
-
-def test_chat_from_standard_input_with_a_document(chat, heard, tmp_path):
-    (tmp_path / "document").write_text("A naïve document. ")
-    code, out, err = chat("--document", str(tmp_path / "document"), stdin="one\n\n  \ntwo é\n".encode())
-    first = out.splitlines()[0]
-    assert (code, err) == (0, "") and out == f"{first}\n{first}\n" and len(first) == 3 and first in LETTERS
-    assert heard == [
-        "<|start|>user\nA naïve document. ",
-        "one<|end|>\n<|start|>assistant\n",
-        f"{first[-1]}<|end|>\n<|start|>user\ntwo é<|end|>\n<|start|>assistant\n",
-    ]
-
-
-def test_a_question_that_does_not_fit_leaves_the_conversation(chat, heard):
-    code, out, err = chat(stdin=b"one\n" + b"x" * 200 + b"\ntwo\n")
-    assert code == 2 and len(out.splitlines()) == 2
-    assert "question and answer need 2" in err and "of 160 left" in err and len(err.splitlines()) == 1
-    assert [text.count("x") for text in heard] == [0, 0]
-
-
-def test_chat_stops_at_stop_strings(chat):
-    code, whole, _ = chat(stdin=b"one\n")
-    assert chat("--stop", whole[1], stdin=b"one\n") == (0, whole[0] + "\n", "")
-
-
-def test_refused_conversations(chat, tmp_path):
-    (tmp_path / "empty").write_text("")
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
-    (tmp_path / "long").write_text("a" * 200)
-    for arguments, stdin, message in (
-        (["--document", str(tmp_path / "absent")], b"one\n", "No such file"),
-        (["--document", str(tmp_path / "empty")], b"one\n", "is empty"),
-        (["--document", str(tmp_path / "latin")], b"one\n", "is not UTF-8: byte 3"),
-        (["--document", str(tmp_path / "long")], b"one\n", "the text needs 206 more positions"),
-        (["--document", "-"], b"one\n", "standard input holds the questions"),
-        (["--max-tokens", "9999"], b"one\n", "from 1 to 2048, the model's window, got 9999"),
-        ([], b"caf\xe9\n", "standard input is not UTF-8"),
-        (["--stop", ""], b"one\n", "--stop is empty"),
-    ):
-        assert_refused(chat(*arguments, stdin=stdin), message)
-    assert chat("--max-tokens", "2049", "--streaming", stdin=b"one\n")[0] == 0
-
-
-def test_ctrl_c_in_a_conversation(chat, interrupt):
-    interrupt(BLOCK, 2)
-    code, out, err = chat("--max-new-tokens", "100", stdin=b"one\ntwo\n")
-    assert (code, err) == (0, "") and out.splitlines()[1:] == ["(interrupted; the conversation ends here)"]
-    assert len(out.splitlines()[0].encode()) == 33
-    interrupt("infer.session.read", 1)
-    assert chat(stdin=b"one\n") == (130, "", "\njaxkv: interrupted\n")
-
-
-# Sessions, as the library gives them
-
-
-@pytest.fixture
-def session(alphabet):
-    return infer.load(alphabet).session(max_tokens=160)
-
-
-def test_stream_is_ask_in_pieces(session):
-    for stop in (None, ["st"]):
-        session = session.lm.session(max_tokens=160)
-        asked = session.ask("abc", max_new_tokens=70, stop=stop)
-        *pieces, answer = session.stream("abc", max_new_tokens=70, stop=stop)
-        assert "".join(pieces) == answer.text == asked.text and answer.token_ids == asked.token_ids
-
-
-def test_a_stream_closed_early_is_remembered(session, heard):
-    stream = session.stream("abc", max_new_tokens=70)
-    said = next(stream) + next(stream)
-    stream.close()
-    session.ask("def", max_new_tokens=3, remember=True)
-    assert heard[1].startswith(said[-1] + "<|end|>\n<|start|>user\ndef")
-    assert session.position == int(session.state.next_position[0])
-
-
-def test_what_is_refused_or_not_remembered_changes_nothing(session, interrupt):
-    session.ask("abc", max_new_tokens=3, remember=True)
-    before = session.position, session._pending, session._open
-    for arguments, message in (({"stop": [""]}, "stop string"), ({"max_new_tokens": 0}, "max_new_tokens must be")):
-        with pytest.raises(ValueError, match=message):
-            session.ask("def", remember=True, **arguments)
-    interrupt(BLOCK, 1)
-    with pytest.raises(KeyboardInterrupt):
-        session.ask("def", max_new_tokens=70)
-    assert (session.position, session._pending, session._open) == before
-    assert session.position == int(session.state.next_position[0])
-    assert session.ask("def", max_new_tokens=3, remember=True).text
-
-
-def test_a_lost_state_is_said(session, interrupt):
-    interrupt("infer.prefill.extend", 1)
-    with pytest.raises(KeyboardInterrupt):
-        session.extend("abc")
-    for call in (session.ask, session.extend):
-        with pytest.raises(ValueError, match="was interrupted .* make a new one"):
-            call("abc")
-
-
-def test_sessions_within_the_window(session):
-    for length in (0, -1, 2049):
-        with pytest.raises(ValueError, match=f"from 1 to 2048, the model's window, got {length}"):
-            infer.Session(session.lm, max_tokens=length)
-    assert infer.Session(session.lm, max_tokens=2049, streaming=True).ask("abc", max_new_tokens=2).text
 
 
 # evaluate and info
