@@ -372,12 +372,9 @@ def _write(path: pathlib.Path | None, text: str):
     if path is None:
         sys.stdout.write(text)
         return
-    partial = path.with_name(f".jaxkv-{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    from infer.files import replace_file
+
+    replace_file(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def _batch(arguments, output) -> int:
@@ -469,12 +466,15 @@ def _chat(arguments) -> int:
 
 def _evaluate(arguments) -> int:
     from infer.evaluate import TASKS, evaluate, load_samples, report
-    from infer.texts import TEXTS, load_text
+    from infer.texts import load_text
     from jaxkv.cache.budgets import parse_budget
     from jaxkv.policies import make_policy
 
-    if arguments.plot is None and arguments.json and importlib.util.find_spec("matplotlib"):
-        arguments.plot = str(pathlib.Path(arguments.json).with_suffix(".png"))
+    if arguments.plot is None and arguments.json:
+        if importlib.util.find_spec("matplotlib"):
+            arguments.plot = str(pathlib.Path(arguments.json).with_suffix(".png"))
+        else:
+            _note(arguments, "no picture will be drawn: matplotlib is not installed (pip install jaxkv[demo])")
     rows_file, picture = _writable(arguments.json), _writable(arguments.plot or None)
     if picture and importlib.util.find_spec("matplotlib") is None:
         raise Refused("--plot needs matplotlib, which is not installed: pip install jaxkv[demo]")
@@ -487,9 +487,7 @@ def _evaluate(arguments) -> int:
         raise Refused(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
     if arguments.samples_file is not None:
         load_samples(arguments.samples_file)
-    text = (
-        load_text(arguments.text, offline=arguments.offline) if arguments.text in TEXTS else _read_text(arguments.text)
-    )
+    text = _read_text("-") if arguments.text == "-" else load_text(arguments.text, offline=arguments.offline)
     lm = _load(arguments)
     with _Bar(arguments, "evaluating", "step") as bar:
         rows = evaluate(

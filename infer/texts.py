@@ -8,11 +8,11 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from urllib import request
 
+from infer.files import replace_file
 from jaxkv import __version__
 
 _Path = str | os.PathLike[str]
@@ -206,7 +206,8 @@ def _file(url: str, sha256: str, path: pathlib.Path, offline: bool) -> bytes:
             f"Try again or on another network. {instead}"
         )
     try:
-        _write(path, data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
     except OSError as error:
         raise TextError(f"{path} cannot be written: {error}; give a folder that can") from error
     return data
@@ -219,15 +220,3 @@ def _download(url: str) -> bytes:
         opener.add_handler(handler())
     with opener.open(request.Request(url, headers={"User-Agent": f"jaxkv/{__version__}"}), timeout=30) as response:
         return response.read()
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    """Puts the whole file in place, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)  # gone already when the replace succeeded

@@ -43,7 +43,7 @@ from cache_harness import (
     standard,
 )
 
-from jaxkv.cache import compress, concat, decode, drop, empty_state, extend, forward, insert
+from jaxkv.cache import compress, concat, decode, drop, empty_state, extend, forward, insert, live_count
 from jaxkv.cache.attend import retention
 from jaxkv.policies import H2O, Full, Random, Scissorhands, ScissorhandsReference
 from jaxkv.types import Encoded, Entries, LayerSpec, Rows, Tier, TierSpec
@@ -478,8 +478,45 @@ def test_concat_is_a_forward_in_two_segments():
     assert np.abs(np.asarray(hidden) - np.asarray(unmasked)[:, -2:]).max() > tolerances.VISIBLE  # the mask matters
 
 
+def test_concat_of_stored_bfloat16():
+    """Keys are turned as numbers, not as the bits that they are stored in, and rounded once more."""
+    cases = make_case(1, [[SLOTS] * B]), make_case(2, [[SLOTS] * B])
+    wide, narrow = (
+        concat(*(read(Full(), case, scheme=scheme)[1] for case in cases), config=MIXED) for scheme in ("f32", "bf16")
+    )
+    for layer, other in zip(wide.layers, narrow.layers, strict=True):
+        (tier,), (same,) = layer.tiers, other.tiers
+        np.testing.assert_array_equal(tier.positions, same.positions)
+        live = np.asarray(tier.positions) >= 0
+        keys = np.swapaxes(np.asarray(tier.keys.codes), 2, 3)[live]
+        rounded = np.swapaxes(numbers(np.asarray(same.keys.codes)), 2, 3)[live]
+        np.testing.assert_allclose(rounded, keys, rtol=0, atol=2 * tolerances.BF16_STEP * np.abs(keys).max())
+
+
+def test_concat_keeps_local_layers_within_their_window():
+    states = [read(Full(), make_case(seed, [[SLOTS] * B]))[1] for seed in (1, 2)]
+    joined = concat(*states, config=MIXED)
+    tier, newest = joined.layers[1].tiers[0], np.asarray(joined.next_position)[:, None, None] - 1
+    assert int(tier.limit.max()) == WINDOW and int(live_count(tier).max()) <= WINDOW
+    held = np.asarray(tier.positions)
+    assert (newest + 1 - held < WINDOW)[held >= 0].all()
+    assert int(live_count(joined.layers[0].tiers[0]).max()) > WINDOW
+
+
+def test_a_scheme_that_tiers_do_not_read_is_refused():
+    """Never stored and then read as something else."""
+    for scheme in (("rotated4", "bf16"), ("f32", "int4")):
+        spec = (LayerSpec(policy=Full(), tiers=(TierSpec(slots=8, scheme=scheme),)),) * 2
+        with pytest.raises(ValueError, match=r"layer 0: .* '(rotated4|int4)' yet; known: f32, bf16"):
+            empty_state(PLAIN, spec, limits=np.full((2, 1, B), 8), lengths=[8] * B)
+
+
 def test_concat_refuses_what_does_not_match():
     roomy = [[SLOTS] * B]
+    turned = new_state(Full(), roomy)
+    faster = dataclasses.replace(turned.rotary[0], frequencies=2 * turned.rotary[0].frequencies)
+    with pytest.raises(ValueError, match="different RoPE frequencies .default."):
+        concat(new_state(Full(), roomy), dataclasses.replace(turned, rotary=(faster,)), config=MIXED)
     with pytest.raises(ValueError, match="different policies"):
         concat(new_state(Full(), roomy), new_state(small("random"), roomy), config=MIXED)
     with pytest.raises(ValueError, match="different rows"):

@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tolerances
 
 import infer
 from infer.sampling import Sampling
@@ -28,7 +29,7 @@ def test_golden_prompts(lm, golden, index):
     prompt, greedy = golden[f"prompt_{index}"].tolist(), golden[f"greedy_{index}"].tolist()
     assert golden[f"margin_{index}"] > 0.05
     last = np.asarray(lm.logits([prompt]))[0, -1]
-    assert np.abs(last - golden[f"logits_{index}"]).max() < 1e-3
+    assert np.abs(last - golden[f"logits_{index}"]).max() < tolerances.SMOLLM2_LOGITS
     lm_without_end = greedy[:-1] if greedy[-1] in lm.eos_ids else greedy
     out = lm.generate([prompt], max_new_tokens=48)[0]
     assert out.token_ids == lm_without_end[: len(out.token_ids)]
@@ -78,7 +79,7 @@ def test_session_questions_meet_the_same_memory(lm):
     other = chat.ask("What is my cat called?", max_new_tokens=8)
     again = chat.ask("What is my dog called?", max_new_tokens=8)
     assert first.token_ids == again.token_ids
-    assert first.stats["copy_bytes"] == chat.cache_bytes
+    assert first.stats["copy_bytes"] == chat.cache_bytes == chat.plan.bytes_per_row
     assert other.text
     kept = chat.ask("What is my dog called?", max_new_tokens=8, remember=True)
     assert kept.token_ids == first.token_ids and kept.stats["copy_bytes"] == 0

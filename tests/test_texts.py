@@ -129,7 +129,7 @@ def test_a_write_that_fails_leaves_nothing(publisher, tmp_path, monkeypatch):
     def replace(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(texts.os, "replace", replace)
+    monkeypatch.setattr("os.replace", replace)
     with pytest.raises(TextError, match=r"novel\.txt cannot be written: disk full; give a folder"):
         load_text("novel")
     assert kept(tmp_path) == []

@@ -5,13 +5,13 @@ A row is a dict with at least `cache`, `budget`, `bytes`, `share`, `kl_mean`, `k
 measured is None.
 """
 
+import io
 import json
 import os
-import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from infer.files import replace_file
 from jaxkv.cache.budgets import format_bytes
 
 Row = dict[str, Any]
@@ -74,7 +74,7 @@ def write_json(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     Raises: OSError if the place cannot be written.
     """
     text = json.dumps(list(rows), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(path, lambda name: pathlib.Path(name).write_text(text, encoding="utf-8"), suffix=".json")
+    replace_file(path, text.encode())
 
 
 def write_picture(
@@ -112,7 +112,9 @@ def write_picture(
         else:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
     figure.suptitle(title)
-    _write(path, lambda name: canvas.print_png(name), suffix=".png")
+    picture = io.BytesIO()
+    canvas.print_png(picture)
+    replace_file(path, picture.getvalue())
 
 
 def _line(axes: Any, rows: Sequence[Row], value: Any, style: dict[str, Any]) -> None:
@@ -124,19 +126,3 @@ def _line(axes: Any, rows: Sequence[Row], value: Any, style: dict[str, Any]) -> 
 def _mean_accuracy(row: Row) -> float | None:
     shares = [share for share in row["accuracy"].values() if share is not None]
     return sum(shares) / len(shares) if shares else None
-
-
-def _write(path: str | os.PathLike[str], write: Any, *, suffix: str) -> None:
-    """Writes beside `path` under another name, then renames."""
-    path = pathlib.Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=suffix)
-    os.close(handle)
-    try:
-        write(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

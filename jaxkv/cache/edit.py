@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.cache.state import EMPTY
+from jaxkv.cache.state import EMPTY, tier_keys
 from jaxkv.config import DecoderConfig
+from jaxkv.quantization import get_scheme
 from jaxkv.rope import angles, rotate
 from jaxkv.types import Array, Encoded, LayerState, State, Tier
 
@@ -86,12 +87,13 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
 def _join(a: Tier, b: Tier, shift: Array, rotary) -> Tier:
     turn = dataclasses.replace(rotary, scale=jnp.ones_like(rotary.scale))
     cos, sin = angles(turn, shift[:, None])
-    batch, heads, size, slots = b.keys.codes.shape
-    keys = jnp.moveaxis(b.keys.codes, 2, 3).reshape(batch, 1, heads * slots, size)
-    keys = jnp.moveaxis(rotate(keys, cos, sin).reshape(batch, heads, slots, size), 3, 2)
+    scheme, keys = get_scheme(b.scheme[0]), tier_keys(b)
+    batch, heads, size, slots = keys.shape
+    keys = jnp.swapaxes(keys, 2, 3).reshape(batch, 1, heads * slots, size)
+    keys = scheme.encode(rotate(keys, cos, sin).reshape(batch, heads, slots, size)).codes
     both = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
     return Tier(
-        keys=Encoded(codes=both(a.keys.codes, keys, 3)),
+        keys=Encoded(codes=both(a.keys.codes, jnp.swapaxes(keys, 2, 3), 3)),
         values=Encoded(codes=both(a.values.codes, b.values.codes, 2)),
         positions=both(a.positions, jnp.where(b.positions >= 0, b.positions + shift[:, None, None], EMPTY), 2),
         slots=jax.tree.map(lambda x, y: both(x, y, 2), a.slots, b.slots),

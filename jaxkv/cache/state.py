@@ -19,7 +19,7 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
       limits: int, [L, tiers, B]: slots that each row may use, at most the tier's `slots`.
       lengths: [B] int: planned total length of each row (prompt plus new tokens), which fixes RoPE kinds that depend on
         length.
-    Raises: ValueError if the shapes of spec, limits and config disagree.
+    Raises: ValueError if the shapes of spec, limits and config disagree, or for a scheme that tiers do not read.
     """
     limits, lengths = np.asarray(limits), jnp.asarray(lengths, jnp.int32)
     tiers = {len(layer.tiers) for layer in spec}
@@ -33,6 +33,11 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     layers = []
     for index, layer in enumerate(spec):
         for number, tier in enumerate(layer.tiers):
+            for name in tier.scheme:
+                if get_scheme(name).factors:
+                    raise ValueError(
+                        f"layer {index}: tiers do not read the storage scheme {name!r} yet; known: f32, bf16"
+                    )
             if tier.slots < 1 or limits[index, number].max() > tier.slots or limits[index, number].min() < 0:
                 raise ValueError(f"layer {index}: limits {limits[index, number]} do not fit {tier.slots} slots")
         built = tuple(
