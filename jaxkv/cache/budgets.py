@@ -96,10 +96,10 @@ def parse_budget(budget: int | float | str | None) -> Budget:
     return Budget("bytes", int(amount * UNITS[unit]), text)
 
 
-def slot_grid(tokens: int, *, down: bool = False) -> int:
+def slot_grid(tokens: int) -> int:
     """The next allocation size: multiples of 32 up to 512, then of an eighth of the power of two below."""
-    step = 32 if tokens <= 512 else 2 ** (int(math.log2(tokens - (0 if down else 1))) - 3)
-    return max(1, tokens // step) * step if down else -(-tokens // step) * step
+    step = 32 if tokens <= 512 else 2 ** (int(math.log2(tokens - 1)) - 3)
+    return -(-tokens // step) * step
 
 
 def plan(

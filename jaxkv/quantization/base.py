@@ -23,7 +23,7 @@ class Scheme:
     """One way to store vectors of H channels.
 
     bits: of one channel, factors not counted. carrier: dtype of the codes in a state. factors: how many per group.
-    group: channels that share factors, 0 = all. multiple: H must be a multiple of it.
+    multiple: H must be a multiple of it.
     encode: [..., H] in any float dtype -> Encoded with channels last.
     decode: (Encoded, axis) -> float32 (bfloat16 for bf16) with H channels at `axis`, negative.
     into_basis, out_of_basis: [..., H] float32 -> the same shape; the identity but for rotated schemes. Scalar products
@@ -38,7 +38,6 @@ class Scheme:
     encode: Callable[[Array], Encoded]
     decode: Callable[[Encoded, int], Array]
     factors: int = 0
-    group: int = 0
     multiple: int = 1
     into_basis: Callable[[Array], Array] = lambda x: x
     out_of_basis: Callable[[Array], Array] = lambda x: x

@@ -60,7 +60,7 @@ def _decode(e: Encoded, axis: int, *, dtype) -> Array:
 
 def _fp8(name, dtype, summary):
     return Scheme(
-        name=name, summary=summary, bits=8, carrier="uint8", factors=1, group=GROUP,
+        name=name, summary=summary, bits=8, carrier="uint8", factors=1,
         encode=functools.partial(_encode, dtype=dtype), decode=functools.partial(_decode, dtype=dtype),
     )  # fmt: skip
 

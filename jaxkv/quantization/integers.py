@@ -38,7 +38,7 @@ def decode(e: Encoded, axis: int, *, bits: int) -> Array:
 def _scheme(bits):
     return Scheme(
         name=f"int{bits}", summary=f"{bits} bits, round to nearest, scale and zero per 64 channels", bits=bits,
-        carrier="uint8", factors=2, group=GROUP, multiple={8: 1, 4: 2, 3: 8, 2: 4}[bits],
+        carrier="uint8", factors=2, multiple={8: 1, 4: 2, 3: 8, 2: 4}[bits],
         encode=functools.partial(encode, bits=bits), decode=functools.partial(decode, bits=bits),
     )  # fmt: skip
 
