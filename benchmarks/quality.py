@@ -1,73 +1,68 @@
 """What each cache loses against the full cache, over several seeds; smollm2, float32, what `jaxkv evaluate` measures.
 
-    python benchmarks/quality.py [--text FILE_OR_NAME] [--seeds 3] [--out FILE]
+    python benchmarks/quality.py [--text FILE_OR_NAME] [--seeds 3] [--caches ...] [--budgets ...] [--out FILE]
 
 A seed draws other excerpts, other contexts, other facts and another random eviction. Shown: the mean over seeds, and
-the lowest and highest seed. Random eviction and recency at the same budgets are the controls.
+the lowest and highest seed. Random eviction and recency at the same bytes are the controls.
 """
 
 import argparse
 import pathlib
 
-import numpy as np
 from common import record
 
 import infer
-from infer.evaluate import evaluate
+from infer.evaluate import evaluate_seeds
 from infer.texts import load_text
-from jaxkv.policies import make_policy
 
-CACHES = ("full", "scissorhands", "h2o", "recency", "random")
-BUDGETS = ["50%", "25%", "12.5%"]
-TASKS = ["passkey", "magic"]
+CACHES = "full,auto,kvzip,h2o,scissorhands,recency,random"
 
 
 def main():
     """Runs the seeds and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="pride-and-prejudice", help="a name of infer.texts, or a UTF-8 file")
+    parser.add_argument("--caches", default=CACHES)
+    parser.add_argument("--budgets", default="50%,25%,12.5%,6.25%")
+    parser.add_argument("--tasks", default="passkey,magic")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--context", type=int, default=1900)
+    parser.add_argument("--next", type=int, default=128)
+    parser.add_argument("--scored", type=int)
+    parser.add_argument("--excerpts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--title", default="Quality on SmolLM2-135M")
     parser.add_argument("--out", type=pathlib.Path)
-    arguments = parser.parse_args()
-    lm, text, runs = infer.load("smollm2"), load_text(arguments.text), []
-    for seed in range(arguments.seeds):
-        runs.append(
-            evaluate(
-                lm, text=text, caches=[make_policy(c, seed=seed) if c == "random" else c for c in CACHES],
-                budgets=BUDGETS, tasks=TASKS, context=arguments.context, next_tokens=128, excerpts=4,
-                samples=arguments.samples, seed=seed,
-                progress=lambda done, total, what, seed=seed: print(f"seed {seed}: {done}/{total} {what}", flush=True),
-            )
-        )  # fmt: skip
-    name = pathlib.Path(arguments.text).name
+    given = parser.parse_args()
+    split = lambda text: [part for part in text.split(",") if part]
+    rows = evaluate_seeds(
+        infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=split(given.caches),
+        budgets=split(given.budgets), tasks=split(given.tasks), context=given.context, next_tokens=given.next,
+        scored=given.scored, excerpts=given.excerpts, samples=given.samples,
+        progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
+    )  # fmt: skip
+    shown = {k: v for k, v in vars(given).items() if k not in ("out", "title") and v != parser.get_default(k)}
+    shown = {k: pathlib.Path(v).name if k == "text" else v for k, v in shown.items()}
     record(
-        arguments.out,
-        title=f"Quality on SmolLM2-135M: {arguments.context} tokens, {runs[0][0]['protocol']}, mean over"
-        f" {arguments.seeds} seeds [lowest, highest]; {arguments.samples} questions a task and seed",
-        command=f"python benchmarks/quality.py --text {name} --seeds {arguments.seeds} --context {arguments.context}"
-        f" --samples {arguments.samples}",
-        rows=[row(same) for same in zip(*runs, strict=True)],
+        given.out,
+        title=f"{given.title}: {given.context} tokens, {given.excerpts} excerpts of {pathlib.Path(given.text).name},"
+        f" {given.samples} questions a task; mean over {given.seeds} seeds [lowest, highest]",
+        command=" ".join(["python benchmarks/quality.py", *(f"--{k} '{v}'" for k, v in shown.items())]),
+        rows=[line(row) for row in rows],
     )
 
 
-def row(same):
-    """One line: the same cache and budget under every seed."""
-    first = same[0]
-    out = {"cache": first["cache"], "budget": first["budget"], "MB": round(first["bytes"] / 1e6, 1)}
-    columns = {"KL": "kl_mean", "KL p99": "kl_p99", "top-1": "top1", "bits/byte": "bits_per_byte"}
-    for name, key in columns.items():
-        out[name] = spread([one[key] for one in same], "{:.1%}" if name == "top-1" else "{:.3f}")
-    for task in TASKS:
-        out[task] = spread([one["accuracy"][task] for one in same], "{:.0%}")
+def line(row):
+    """One line of the table."""
+    out = {"cache": row["cache"], "budget": row["budget"], "MB": round(row["bytes"] / 1e6, 2)}
+    for name, key, form in (("KL", "kl_mean", ".4f"), ("top-1", "top1", ".1%"), ("perplexity", "perplexity", ".2f")):
+        if row[key] is not None:
+            low, high = row["spread"][key]
+            out[name] = f"{row[key]:{form}} [{low:{form}}, {high:{form}}]"
+    for task, share in row["accuracy"].items():
+        low, high = row["accuracy_interval"][task]
+        out[task] = f"{share:.0%} of {row['asked'][task]} [{low:.0%}-{high:.0%}]"
     return out
-
-
-def spread(values, form):
-    """Mean [lowest, highest]."""
-    mean, low, high = (form.format(v) for v in (np.mean(values), min(values), max(values)))
-    return f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":

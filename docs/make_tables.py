@@ -1,4 +1,4 @@
-"""Writes the README's tables from the code (policies) and from benchmarks/results/*.json (figures).
+"""Writes the README's tables from the code (caches) and from benchmarks/results/*.json (figures).
 
 python docs/make_tables.py
 """
@@ -6,17 +6,47 @@ python docs/make_tables.py
 import json
 import pathlib
 
-from jaxkv.policies import POLICIES
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.budgets import tree_bytes
+from jaxkv.cache.state import empty_tier
+from jaxkv.presets import COMPUTE, PRESETS
+from jaxkv.types import TierSpec
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def policies() -> str:
-    """One line per row of the policy table."""
-    lines = ["| `cache=` | keeps | source |", "|---|---|---|"]
-    for policy in POLICIES.values():
-        lines.append(f"| `{policy.name}` | {policy.summary.removeprefix('keeps ')} | {policy.source} |")
+    """One line per row of the table of presets."""
+    lines = ["| `cache=` | keeps | source | stores keys/values as | bytes a slot |", "|---|---|---|---|---|"]
+    for preset in PRESETS.values():
+        summary, source = preset.summary.removeprefix("keeps "), preset.source or preset.policy.source
+        rungs = [(f"from {least:.0%}: ", parts) for least, parts in preset.ladder]
+        rungs.append(("below: " if rungs else "", preset.parts))
+        stored = "; ".join(mark + ", ".join(map(_part, parts)) for mark, parts in rungs)
+        prices = dict.fromkeys(_slot_bytes(preset, part) for _, parts in rungs for part in parts)
+        lines.append(f"| `{preset.name}` | {summary} | {source} | {stored} | {', '.join(map(str, prices))} |")
     return "\n".join(lines)
+
+
+def _part(part) -> str:
+    size = f"{part.slots} " if part.slots else "" if part.share == 1 else f"{part.share:.0%} "
+    return size + "/".join(dict.fromkeys((part.keys, part.values)))
+
+
+def _slot_bytes(preset, part) -> int:
+    """Of one kv head and token, head size 64, float32 computation: codes, factors, position, what the policy keeps."""
+    scheme = tuple("f32" if name == COMPUTE else name for name in (part.keys, part.values))
+    limit = jnp.ones((1,), jnp.int32)
+    size = lambda slots: tree_bytes(
+        jax.eval_shape(
+            lambda: empty_tier(
+                preset.policy, TierSpec(slots=slots, scheme=scheme, positions="int16"), limit, (1, 1, 64)
+            )
+        )
+    )
+    return size(2) - size(1)
 
 
 def figures() -> str:

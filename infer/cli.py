@@ -141,7 +141,7 @@ def _parser():
     _generation_options(sub)
     sub = command("evaluate", _evaluate, "compare caches with the full cache on the same text")
     sub.add_argument("--text", required=True, help=f"a UTF-8 file or one of {', '.join(TEXTS)}; also fills the tasks")
-    sub.add_argument("--caches", default="full,scissorhands,h2o,recency,random", help="policies, with commas")
+    sub.add_argument("--caches", default="full,scissorhands,h2o,recency,random", help="caches, with commas")
     sub.add_argument("--budgets", default="100%,50%,25%,12.5%", help="budgets, with commas")
     sub.add_argument("--tasks", default="passkey,magic", help="generated tasks, with commas; '' = none")
     sub.add_argument("--context", type=_whole(1), default=1900, help="tokens read before the comparison")
@@ -151,6 +151,8 @@ def _parser():
     sub.add_argument("--samples-file", help="ask these samples instead of generated ones")
     sub.add_argument("--protocol", default="compress then ask", choices=("compress then ask", "ask with context"))
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seeds", type=_whole(1), default=1, help="this many seeds, from --seed on")
+    sub.add_argument("--scored", type=_whole(1), help="of the next tokens, the last so many count; default: all")
     sub.add_argument("--json", help="write the rows to this file")
     sub.add_argument(
         "--plot", help="write the picture of quality against bytes to this PNG file; default: beside --json; '' = none"
@@ -161,9 +163,9 @@ def _parser():
 
 
 def _generation_options(sub):
-    from jaxkv.policies import POLICIES
+    from jaxkv.presets import PRESETS
 
-    sub.add_argument("--cache", default="full", help=f"policy: {', '.join(POLICIES)}")
+    sub.add_argument("--cache", default="full", help=f"one of: {', '.join(PRESETS)}")
     sub.add_argument("--budget", help="tokens per kv head and layer (512), bytes (64MiB) or a share (20%%)")
     sub.add_argument("--max-new-tokens", type=_whole(1), default=128)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
@@ -261,9 +263,9 @@ def _options(arguments) -> dict:
 def _check_early(arguments):
     """What can be refused before a model is loaded."""
     from jaxkv.cache.budgets import parse_budget
-    from jaxkv.policies import make_policy
+    from jaxkv.presets import make_preset
 
-    make_policy(arguments.cache)
+    make_preset(arguments.cache)
     parse_budget(arguments.budget)
     _sampling(arguments)
     for text in arguments.stop or ():
@@ -465,10 +467,10 @@ def _chat(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
-    from infer.evaluate import TASKS, evaluate, load_samples, report
+    from infer.evaluate import TASKS, evaluate_seeds, load_samples, report
     from infer.texts import load_text
     from jaxkv.cache.budgets import parse_budget
-    from jaxkv.policies import make_policy
+    from jaxkv.presets import make_preset
 
     if arguments.plot is None and arguments.json:
         if importlib.util.find_spec("matplotlib"):
@@ -480,7 +482,7 @@ def _evaluate(arguments) -> int:
         raise Refused("--plot needs matplotlib, which is not installed: pip install jaxkv[demo]")
     split = lambda text: [part.strip() for part in text.split(",") if part.strip()]
     caches, budgets, tasks = map(split, (arguments.caches, arguments.budgets, arguments.tasks))
-    for names, check in ((caches, make_policy), (budgets, parse_budget)):
+    for names, check in ((caches, make_preset), (budgets, parse_budget)):
         for name in names:
             check(name)
     if unknown := [name for name in tasks if name not in TASKS]:
@@ -490,10 +492,11 @@ def _evaluate(arguments) -> int:
     text = _read_text("-") if arguments.text == "-" else load_text(arguments.text, offline=arguments.offline)
     lm = _load(arguments)
     with _Bar(arguments, "evaluating", "step") as bar:
-        rows = evaluate(
+        rows = evaluate_seeds(
             lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
             next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
-            samples_file=arguments.samples_file, seed=arguments.seed, protocol=arguments.protocol, progress=bar,
+            samples_file=arguments.samples_file, seeds=range(arguments.seed, arguments.seed + arguments.seeds),
+            scored=arguments.scored, protocol=arguments.protocol, progress=bar,
         )  # fmt: skip
     print(report.table(rows))
     if rows_file:
@@ -510,16 +513,13 @@ def _info(arguments) -> int:
     from jaxkv.cache.budgets import format_bytes, plan
     from jaxkv.checkpoints import read_config
     from jaxkv.decoder import init_params
-    from jaxkv.policies import POLICIES
+    from jaxkv.presets import PRESETS
     from pallas_kernels import decode_attention, extend_attention
 
     config = read_config(arguments.model, revision=arguments.revision, token=arguments.token, offline=arguments.offline)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
-    costs = {
-        name: plan(config, policy(), None, lengths=[1000], dtype=arguments.dtype).bytes_per_row
-        for name, policy in POLICIES.items()
-    }
+    costs = {name: plan(config, name, None, lengths=[1000], dtype=arguments.dtype).bytes_per_row for name in PRESETS}
     facts = {
         "model": arguments.model,
         "model_type": config.model_type,
@@ -544,8 +544,8 @@ def _info(arguments) -> int:
     for name, value in facts.items():
         if name == "cache_bytes_per_1000_tokens":
             print("cache bytes per 1,000 tokens, all counted:")
-            for policy, size in value.items():
-                print(f"  {policy:24} {size:12,}  ({format_bytes(size)})")
+            for cache, size in value.items():
+                print(f"  {cache:24} {size:12,}  ({format_bytes(size)})")
         elif isinstance(value, dict):
             print(f"{name:12} " + ", ".join(f"{k} {v}" for k, v in value.items()))
         else:

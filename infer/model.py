@@ -1,6 +1,7 @@
 """The surface users see: a loaded model that generates, streams, scores and holds sessions under a cache budget."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -12,13 +13,15 @@ import numpy as np
 
 from infer import generate as generation
 from infer.prefill import new_state, read
+from infer.replay import repeat_prompt
 from infer.sampling import Sampling
 from infer.stops import build_stops, trim
 from jaxkv import decoder
-from jaxkv.cache import forward
+from jaxkv.cache import fingerprint, forward
 from jaxkv.cache.budgets import Plan, plan
 from jaxkv.checkpoints import Checkpoint, open_checkpoint
-from jaxkv.policies import Policy, make_policy
+from jaxkv.policies import Policy
+from jaxkv.presets import Preset, make_preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +60,14 @@ class LanguageModel:
         self._stops: dict = {}
 
     def plan(
-        self, cache: str | Policy = "full", budget=None, *, lengths: list[int], layer_weights=None, **options
+        self, cache: str | Policy | Preset = "full", budget=None, *, lengths: list[int], layer_weights=None, **options
     ) -> Plan:
         """The cache that `generate` would allocate for rows of these total lengths (prompt plus new tokens).
 
         Args: layer_weights: uneven budgets, see `jaxkv.cache.budgets.plan`. options: of the policy.
         """
-        policy = make_policy(cache, **options)
-        return plan(self.config, policy, budget, lengths=lengths, dtype=self.dtype, layer_weights=layer_weights)
+        preset = make_preset(cache, **options)
+        return plan(self.config, preset, budget, lengths=lengths, dtype=self.dtype, layer_weights=layer_weights)
 
     def generate(
         self, prompts, *, max_new_tokens: int = 128, cache="full", budget=None, layer_weights=None, policy_options=None,
@@ -75,8 +78,8 @@ class LanguageModel:
 
         Args:
           prompts: a string or list of token ids, or a list of them; lengths may differ.
-          cache: a policy by name (`jaxkv.policies.POLICIES`) or a Policy. budget: tokens per kv head and layer (int),
-            "64MiB" per sequence, "20%" of the full cache; None = everything. layer_weights: see `plan`.
+          cache: a preset by name (`jaxkv.presets.PRESETS`), a Preset or a Policy. budget: tokens per kv head and layer
+            (int), "64MiB" per sequence, "20%" of a full bfloat16 cache; None = everything. layer_weights: see `plan`.
             policy_options: arguments of the policy.
           sampling: for all prompts, or one per prompt; the draws of a row depend on its own seed only.
           samples: completions per prompt, from one prefill; consecutive in the result. Sample i uses seed + i.
@@ -95,7 +98,9 @@ class LanguageModel:
         started, compiled = time.perf_counter(), _compile_seconds()
         state = new_state(self.config, planned, lengths, copies=samples)
         request = self._request(samplings, samples, max_new_tokens, stop)
-        hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
+        hidden, state = read(
+            self.params, rows, state, config=self.config, repeat=repeat_prompt(self.tokenizer), progress=progress
+        )
         if samples > 1:
             hidden, state = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (hidden, state))
         repeated = [row for row in rows for _ in range(samples)]
@@ -121,7 +126,9 @@ class LanguageModel:
         request = self._request([sampling or Sampling()], 1, max_new_tokens, stop)
         started, compiled = time.perf_counter(), _compile_seconds()
         state = new_state(self.config, planned, lengths)
-        hidden, state = read(self.params, rows, state, config=self.config, progress=progress)
+        hidden, state = read(
+            self.params, rows, state, config=self.config, repeat=repeat_prompt(self.tokenizer), progress=progress
+        )
         pieces = generation.run(self.params, hidden, state, request, config=self.config, prompts=rows)
         stats = {} if stats is None else stats
 
@@ -167,6 +174,17 @@ class LanguageModel:
 
         max_tokens = self.config.max_positions if max_tokens is None else max_tokens
         return Session(self, cache=cache, budget=budget, max_tokens=max_tokens, **options)
+
+    def load_session(self, path):
+        """The session that `Session.save` wrote, in this or another process, on the same model."""
+        from infer.session import Session
+
+        return Session.load(self, path)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the model in files that belong to it."""
+        return fingerprint(self.config, self.params)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the beginning-of-sequence id only if the tokenizer itself asks for it."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infer.replay import with_replay
 from jaxkv import decoder
 from jaxkv.cache import empty_state, extend
 from jaxkv.cache.budgets import Plan, format_bytes, slot_grid
@@ -44,12 +45,23 @@ def new_state(config, plan: Plan, lengths: list[int], *, copies: int = 1, row: i
     return empty_state(config, plan.spec, limits=limits, lengths=np.asarray(lengths, np.int32))
 
 
-def read(params, rows: list[list[int]], state: State, *, config, candidates: bool = True, progress=None):
-    """Extends `state` by these rows. Returns: the hidden state [B, D] of each row's last token, and the state."""
+def read(params, rows: list[list[int]], state: State, *, config, repeat: list[int] | None = None, progress=None):
+    """Extends `state` by these rows.
+
+    repeat: ids that ask for a repetition; given, a policy that learns from one gets it (`infer.replay`). A short text,
+      such as a question, is not worth a second reading.
+    Returns: the hidden state [B, D] of each row's last token, and the state.
+    """
     tokens, valid = pad_rows(rows)
-    stored = valid if candidates else jnp.zeros_like(valid)
-    hidden, state = extend(params, tokens, state, config=config, valid=valid, candidates=stored, progress=progress)
-    return last_hidden(hidden, valid), state
+    more = {}
+    if repeat is not None and any(layer.policy.needs_replay for layer in state.layers):
+        start = int(state.next_position.max())
+        more = with_replay(rows, start=start, window=config.max_positions, repeat=repeat, grid=slot_grid)
+        more = {name: jnp.asarray(x) for name, x in more.items()}
+        tokens, valid = more.pop("tokens"), more.pop("valid")
+    hidden, state = extend(params, tokens, state, config=config, valid=valid, progress=progress, **more)
+    own = valid & (more["replay"] == 0) if more else valid
+    return last_hidden(hidden, own), state
 
 
 def free_bytes() -> int | None:

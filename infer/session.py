@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from infer import generate as generation
+from infer.files import replace_file
 from infer.prefill import new_state, read
+from infer.replay import repeat_prompt
 from infer.sampling import Sampling
 from infer.stops import trim
+from jaxkv.cache import pack_state, unpack_state
 from jaxkv.cache.budgets import tree_bytes
 
 
@@ -49,7 +52,7 @@ class Session:
         self.plan = lm.plan(cache, budget, lengths=[max_tokens], **options)
         self.max_tokens = max_tokens
         self.state = new_state(lm.config, self.plan, [max_tokens])
-        self.pieces = lm.tokenizer.chat_pieces(system=system)
+        self.system, self.pieces = system, lm.tokenizer.chat_pieces(system=system)
         self.position, self._pending, self._open = 0, [], False
 
     @property
@@ -63,7 +66,7 @@ class Session:
             raise ValueError("the text is empty; extend takes at least one character")
         ids = self._ids(text)
         self._check_room(len(ids), "the text needs")
-        _, self.state = self._read(ids, self._take(), progress)
+        _, self.state = self._read(ids, self._take(), progress, repeat_prompt(self.lm.tokenizer))
         self._open = True
 
     def ask(self, question: str, *, remember: bool = False, max_new_tokens: int = 128,
@@ -85,6 +88,32 @@ class Session:
         Closed early, it remembers what had come.
         """
         yield from self._ask(question, True, max_new_tokens, sampling, stop)
+
+    def save(self, path) -> None:
+        """Writes what the session remembers to one safetensors file, whole or not at all.
+
+        The session then goes on as before; `LanguageModel.load_session` goes on from the file, in any process.
+        Raises: OSError if it cannot be written.
+        """
+        if self.state is None:
+            raise ValueError("the session was interrupted while its state was changing, and lost it; make a new one")
+        extra = {name: getattr(self, name) for name in ("max_tokens", "system", "position", "_pending", "_open")}
+        replace_file(path, pack_state(self.state, model=self.lm.fingerprint, extra=extra))
+
+    @classmethod
+    def load(cls, lm, path) -> "Session":
+        """A session from `save`.
+
+        Raises: jaxkv.cache.StateFileError for a file that is not this model's, whole and unaltered.
+        """
+        with open(path, "rb") as file:
+            state, extra = unpack_state(file.read(), config=lm.config, model=lm.fingerprint, where=str(path))
+        session = cls.__new__(cls)
+        session.lm, session.state, session.plan = lm, state, None
+        session.max_tokens, session.system = extra["max_tokens"], extra["system"]
+        session.position, session._pending, session._open = extra["position"], extra["_pending"], extra["_open"]
+        session.pieces = lm.tokenizer.chat_pieces(system=session.system)
+        return session
 
     def _ask(self, question, remember, max_new_tokens, sampling, stop):
         lm = self.lm
@@ -135,8 +164,8 @@ class Session:
                 f" {self.max_tokens} left; make it with a larger max_tokens"
             )
 
-    def _read(self, ids, state, progress=None):
-        hidden, state = read(self.lm.params, [ids], state, config=self.lm.config, progress=progress)
+    def _read(self, ids, state, progress=None, repeat=None):
+        hidden, state = read(self.lm.params, [ids], state, config=self.lm.config, repeat=repeat, progress=progress)
         self.position += len(ids)
         self._pending = []
         return hidden, state

@@ -8,7 +8,8 @@ Every leaf of a state has B as axis 0 and rows share nothing, so placing, copyin
       │          │            ├──────── positions      which token a slot holds; -1 = empty
       │          │            ├──────── slots          what the policy keeps per slot; moves with the entry
       │          │            └──────── limit          how many slots this row may use
-      │          └── row                               what the policy keeps once per row
+      │          ├── row                               what the policy keeps once per row
+      │          └── balance                           MiKV's factors between queries and keys, if a tier wants them
       ├── offsets[tier]    added to the stored positions of that tier, in all layers
       ├── rotary[kind]     RoPE frequencies, fixed when the state was made
       └── next_position    of the next token
@@ -47,7 +48,7 @@ class Encoded:
 class Tier:
     """A fixed number of slots with one storage scheme.
 
-    positions [B, P, S] int32: position of the token in each slot before `State.offsets`; -1 = empty.
+    positions [B, P, S] int16 or int32: position of the token in each slot before `State.offsets`; -1 = empty.
     slots: the policy's pytree, leaves [B, P, S, ...].
     limit [B, P] int32: slots this row may use, <= S. Data, so that a sweep over budgets runs one program.
     scheme: (key scheme, value scheme), rows of the table of `jaxkv.quantization`.
@@ -63,11 +64,15 @@ class Tier:
 
 @_pytree(static=("policy",))
 class LayerState:
-    """The cache of one layer: its tiers, first to last, and what the policy keeps once per row (leaves [B, ...])."""
+    """The cache of one layer: its tiers, first to last, and what the policy keeps once per row (leaves [B, ...]).
+
+    balance [B, P, H] uint16 (bfloat16 bits): balanced schemes store keys times this; 0 = not known yet, which counts as 1.
+    """
 
     tiers: tuple[Tier, ...]
     row: Any
     policy: Any
+    balance: Array | None = None
 
 
 @_pytree
@@ -91,35 +96,41 @@ class State:
 @_pytree
 class Entries:
     """Tokens on their way into a tier: keys, values [B, P, n, H] in compute dtype, keys rotated at `positions`
-    [B, P, n] int32; slots: the policy's leaves [B, P, n, ...]; valid [B, P, n] bool."""
+    [B, P, n] int32; slots: the policy's leaves [B, P, n, ...]; valid [B, P, n] bool; balance: of their layer."""
 
     keys: Array
     values: Array
     positions: Array
     slots: Any
     valid: Array
+    balance: Array | None = None
 
 
-@_pytree
+@_pytree(static=("own",))
 class Rows:
     """What a policy may know of the query rows of one extend, for `Policy.row_statistic`.
 
     remaining [B, t] int32: valid rows that follow this one in the same extend (0 = the last).
-    valid [B, t] bool. count [B] int32: valid rows of the whole extend. live [B, P, t] int32: keys each row sees.
+    valid [B, t] bool: rows of the sequence. replay [B, t] bool: rows that only look, and are then forgotten (KVzip).
+    count [B] int32: valid rows of the whole extend. live [B, P, t] int32: keys each row sees.
+    own: whether the slots are those of the extend's own tokens, in their order, or those of a tier, in any.
     """
 
     remaining: Array
     valid: Array
+    replay: Array
     count: Array
     live: Array
+    own: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TierSpec:
-    """Shape of a tier: slots allocated per block row, and (key scheme, value scheme)."""
+    """Shape of a tier: slots allocated per block row, (key scheme, value scheme), dtype of positions."""
 
     slots: int
     scheme: tuple[str, str]
+    positions: str = "int32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,10 @@ import tolerances
 
 from jaxkv import decoder
 from jaxkv.cache import decode, empty_state, extend
+from jaxkv.cache.state import plain_entries
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.policies import H2O, POLICIES, Full, Policy, make_policy
+from jaxkv.quantization import get_scheme
 from jaxkv.types import Encoded, LayerSpec, TierSpec
 
 B, T, STEPS, SLOTS, WINDOW = 4, 24, 12, 40, 7
@@ -46,8 +48,10 @@ def small(name: str) -> Policy:
 
 
 EVICTING = [name for name in POLICIES if name != "full"]
-every_policy = pytest.mark.parametrize("name", POLICIES)
-every_evicting = pytest.mark.parametrize("name", EVICTING)
+QUICK = ("full", "recency", "random", "scissorhands", "h2o", "keydiff")  # the rest of a contract test is slow
+quick_or_slow = lambda names: [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+every_policy = pytest.mark.parametrize("name", quick_or_slow(POLICIES))
+every_evicting = pytest.mark.parametrize("name", quick_or_slow(EVICTING))
 
 # Running
 
@@ -60,9 +64,18 @@ def budgets(policy, limits, config=MIXED):
     return np.stack([limits if c.window is None else np.minimum(limits, c.window) for c in config.layers])
 
 
-def new_state(policy, limits, config=MIXED, slots=(SLOTS,), scheme="f32"):
-    tiers = tuple(TierSpec(slots=count, scheme=(scheme, scheme)) for count in slots)
-    spec = (LayerSpec(policy=policy, tiers=tiers),) * config.num_layers
+def spec_of(policy, slots=(SLOTS,), scheme="f32", positions="int32"):
+    """Two layers alike. scheme: one for all tiers, or one per tier, each for keys and values or a pair."""
+    schemes = (scheme,) * len(slots) if isinstance(scheme, str) else scheme
+    pairs = [(s, s) if isinstance(s, str) else s for s in schemes]
+    tiers = tuple(
+        TierSpec(slots=count, scheme=pair, positions=positions) for count, pair in zip(slots, pairs, strict=True)
+    )
+    return (LayerSpec(policy=policy, tiers=tiers),) * 2
+
+
+def new_state(policy, limits, config=MIXED, slots=(SLOTS,), scheme="f32", positions="int32"):
+    spec = spec_of(policy, slots, scheme, positions)
     return empty_state(config, spec, limits=budgets(policy, limits, config), lengths=[T + STEPS] * len(limits[0]))
 
 
@@ -87,9 +100,11 @@ def make_case(seed, limits=((SLOTS, 12, 7, 20),)):
     return Case(tokens, valid, rng.integers(0, 64, (STEPS, B)).astype(np.int32), then_valid, np.asarray(limits))
 
 
-def read(policy, case: Case, config=MIXED, slots=(SLOTS,), offsets=None, params=PARAMS, scheme="f32"):
+def read(
+    policy, case: Case, config=MIXED, slots=(SLOTS,), offsets=None, params=PARAMS, scheme="f32", positions="int32"
+):
     """The prompt, as users' programs read it: eagerly, layer by layer, on an empty state. Returns: hidden, the state."""
-    state = new_state(policy, case.limits, config, slots, scheme)
+    state = new_state(policy, case.limits, config, slots, scheme, positions)
     if offsets is not None:
         state = dataclasses.replace(state, offsets=tuple(jnp.full((B,), x, jnp.int32) for x in offsets))
     return extend(params, jnp.asarray(case.tokens), state, config=config, valid=jnp.asarray(case.valid))
@@ -158,6 +173,11 @@ def kept_sets(state):
     ]  # fmt: skip
 
 
+def value_codes(tier):
+    """Codes of values with slots at axis 2, however they lie."""
+    return np.swapaxes(tier.values.codes, 2, 3) if get_scheme(tier.scheme[1]).slots_minor else tier.values.codes
+
+
 def contents(state):
     """Per layer of a one-tier state: live [B, P, position], and keys, values and the policy's state laid out like it."""
     found = []
@@ -168,7 +188,7 @@ def contents(state):
         live = np.zeros((*tier.positions.shape[:2], 2 * SLOTS), bool)
         live[b, p, at] = True
         parts = []
-        for part in (np.swapaxes(tier.keys.codes, 2, 3), tier.values.codes, *jax.tree.leaves(tier.slots)):
+        for part in (np.swapaxes(tier.keys.codes, 2, 3), value_codes(tier), *jax.tree.leaves(tier.slots)):
             placed = np.zeros((*live.shape, *part.shape[3:]), part.dtype)
             placed[b, p, at] = part[b, p, s]
             parts.append(placed)
@@ -201,12 +221,20 @@ def poison(state):
 
     def spoil(tier):
         dead = tier.positions < 0
-        nan, large = (0x7FC0, 0x7149) if tier.keys.codes.dtype == np.uint16 else (np.nan, 1e30)  # as bits of bfloat16
+        minor = np.broadcast_to(dead[:, :, None], (*dead.shape[:2], 1, dead.shape[2]))
         ones = lambda x: filled(x, dead, np.nan if x.dtype.kind == "f" else np.iinfo(x.dtype).max)
+
+        def garbage(encoded, slots_minor, floats):
+            """Some codes, finite also as fp8, and large factors; floats: where codes are float32, and bfloat16's bits."""
+            number = {"float32": floats[0], "uint16": floats[1], "uint8": 0x7B}[encoded.codes.dtype.name]
+            factors = tuple(filled(x, np.broadcast_to(minor, x.shape), 0x7149) for x in encoded.factors)
+            where = np.broadcast_to(minor, encoded.codes.shape) if slots_minor else dead
+            return Encoded(codes=filled(encoded.codes, where, number), factors=factors)
+
         return dataclasses.replace(
             tier,
-            keys=Encoded(codes=filled(tier.keys.codes, dead[:, :, None], nan)),
-            values=Encoded(codes=filled(tier.values.codes, dead, large)),
+            keys=garbage(tier.keys, True, (np.nan, 0x7FC0)),
+            values=garbage(tier.values, get_scheme(tier.scheme[1]).slots_minor, (1e30, 0x7149)),
             slots=jax.tree.map(ones, tier.slots),
         )
 
@@ -220,6 +248,12 @@ def assert_rows_equal(one, other, rows, axis=0):
     """Bit for bit, NaN included."""
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(np.take(a, rows, axis), np.take(b, rows, axis))
+
+
+def assert_memory_close(one, other):
+    """What policies keep once per row."""
+    for a, b in zip(*(jax.tree.leaves([layer.row for layer in s.layers]) for s in (one, other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerances.STATISTIC if a.dtype.kind == "f" else 0)
 
 
 def protected_positions(policy, limit, newest, window):
@@ -264,15 +298,15 @@ def check_survivors(results):
             stayed = (old.positions >= 0) & (old.positions == new.positions)
             for b, p in np.ndindex(*stayed.shape[:2]):
                 assert not live_set(old.positions[b, p][~stayed[b, p]]) & live_set(new.positions[b, p])
-            np.testing.assert_array_equal(old.values.codes[stayed], new.values.codes[stayed])
+            np.testing.assert_array_equal(value_codes(old)[stayed], value_codes(new)[stayed])
             keys = (np.swapaxes(tier.keys.codes, 2, 3)[stayed] for tier in (old, new))
             np.testing.assert_array_equal(*keys)
 
 
-def check_oracle(policy, case, results, config, row, oracle=cache_reference.Reference):
+def check_oracle(policy, case, results, config, row, oracle=cache_reference.Reference, atol=tolerances.HIDDEN, **more):
     """Whether the kept sets of one row are the reference's, and its margin; if they are, the numbers must be as well."""
     hidden, after, hiddens, steps, final = results
-    reference = oracle(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config)[..., row])
+    reference = oracle(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config)[..., row], **more)
     prompt = case.valid[row].any()
     expected = [reference.read(case.tokens[row][case.valid[row]])] if prompt else [np.zeros((0, hidden.shape[-1]))]
     found = [hidden[row][case.valid[row]]]
@@ -288,20 +322,18 @@ def check_oracle(policy, case, results, config, row, oracle=cache_reference.Refe
             for i, layer in enumerate(steps) for n, tier in enumerate(layer) for p in range(2)
         )  # fmt: skip
     if same:
-        np.testing.assert_allclose(np.vstack(found), np.vstack(expected), rtol=0, atol=tolerances.HIDDEN)
+        np.testing.assert_allclose(np.vstack(found), np.vstack(expected), rtol=0, atol=atol)
         for i, layer in enumerate(final.layers):
             for n, tier in enumerate(layer.tiers):
-                check_entries(tier, reference.layers[i], n, row)
+                check_entries(tier, layer.balance, reference.layers[i], n, row)
     return same, reference.margin
 
 
-def check_entries(tier, heads, number, row):
+def check_entries(tier, balance, heads, number, row):
+    keys, values = (np.asarray(x, np.float32) for x in plain_entries(tier, balance))
     for p, tiers in enumerate(heads):
         slot_of = {int(at): slot for slot, at in enumerate(tier.positions[row, p])}
         for token in tiers[number]:
-            key, value = (
-                tier.keys.codes[row, p, :, slot_of[token.position]],
-                tier.values.codes[row, p, slot_of[token.position]],
-            )
+            key, value = (x[row, p, slot_of[token.position]] for x in (keys, values))
             np.testing.assert_allclose(key, token.key, rtol=0, atol=tolerances.ENTRIES)
             np.testing.assert_allclose(value, token.value, rtol=0, atol=tolerances.ENTRIES)

@@ -13,12 +13,21 @@ import numpy as np
 
 @dataclasses.dataclass
 class Token:
-    """One remembered token of one kv head. seen: for each query that saw it (step, probability, keys it saw)."""
+    """One remembered token of one kv head. seen: for each query that saw it (step, probability, keys it saw).
+
+    peak: the most that a query head of a later read gave it. fading: SnapKV's score. likeness: KeyDiff's cosine. norm: of the
+    key as it was given.
+    """
 
     position: int
     key: np.ndarray
     value: np.ndarray
     seen: list[tuple[int, float, int]] = dataclasses.field(default_factory=list)
+    peak: float = 0.0
+    fading: float = 0.0
+    likeness: float = 0.0
+    norm: float = 0.0
+    squares: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
 def insert(slots, entries, limit):
@@ -41,13 +50,17 @@ def insert(slots, entries, limit):
 class Reference:
     """One row through the tiny models of `test_cache.py` (default RoPE, no biases), float64.
 
+    stored: (tier, key, value, balance) -> what a tier makes of an entry's key and value when it enters.
     margin: the least distance of any decision from falling the other way: of a probability from the threshold of low
     attention, relative; of the last kept score from the first evicted.
     """
 
-    def __init__(self, params, config, policy, limits):
+    def __init__(self, params, config, policy, limits, stored=None):
+        self.stored = stored or (lambda tier, key, value, balance: (key, value))
+        self.balance = [[None] * config.num_kv_heads for _ in config.layers]
         self.params, self.config, self.policy, self.limits = params, config, policy, limits
         self.layers = [[[[] for _ in limits[0]] for _ in range(config.num_kv_heads)] for _ in config.layers]
+        self.key_sums = [[np.zeros(config.head_dim) for _ in range(config.num_kv_heads)] for _ in config.layers]
         self.steps = 0
         self.margin = math.inf
         self.bucket_of, self.filled = [], 0  # of default Scissorhands: each step's bucket, steps in the newest
@@ -72,12 +85,16 @@ class Reference:
                 ]
                 mine = range(head * (n // k), (head + 1) * (n // k))
                 tiers = self.layers[index][head]
+                if self.balance[index][head] is None and fresh:
+                    asked = [rotate(heads[i, g], at, kind.rope) for i, at in enumerate(positions) for g in mine]
+                    self.balance[index][head] = balance(asked, [token.key for token in fresh])
                 for i, at in enumerate(positions):
                     crowd = [token for tier in tiers for token in tier] + fresh[: i + 1]
                     if kind.window is not None:
                         crowd = [token for token in crowd if at - token.position < kind.window]
                     queries = [rotate(heads[i, g], at, kind.rope) for g in mine]
-                    out[i, mine] = self._look(queries, crowd, at)
+                    out[i, mine] = self._look(queries, crowd, at, first)
+                self._absorb(index, head, fresh, first)
                 self._store(index, head, fresh)
             x = x + out.reshape(len(tokens), -1) @ layer["attention"]["output"]["kernel"]
             gate, up = np.split(
@@ -86,29 +103,65 @@ class Reference:
             x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]["kernel"]
         return norm(x, p["final_norm"]["scale"], c.norm_eps)
 
-    def _look(self, queries, crowd, step):
+    def _look(self, queries, crowd, step, first):
         """Attention of one query per head over `crowd`; each token of it remembers how much it got."""
         keys, values = np.stack([token.key for token in crowd]), np.stack([token.value for token in crowd])
         shares = [softmax(keys @ query * self.config.query_scale) for query in queries]
-        for token, share in zip(crowd, np.mean(shares, axis=0), strict=True):
+        for i, (token, share, most) in enumerate(
+            zip(crowd, np.mean(shares, axis=0), np.max(shares, axis=0), strict=True)
+        ):
             token.seen.append((step, share, len(crowd)))
+            token.squares.append((step, np.mean([one[i] ** 2 for one in shares])))
+            if token.position < first:  # of an earlier read
+                token.peak = max(token.peak, most)
             if "scissorhands" in self.policy.name and len(crowd) > 1:
                 self.margin = min(self.margin, abs(share * len(crowd) - 1))
         return [share @ values for share in shares]
+
+    def _absorb(self, index, head, fresh, first):
+        """What SnapKV and KeyDiff remember after a read whose first step was `first`."""
+        tokens, count = [token for tier in self.layers[index][head] for token in tier], self.steps - first
+        total = self.key_sums[index][head]
+        total += sum(token.key / np.linalg.norm(token.key) for token in fresh)
+        for token in fresh:
+            token.norm = np.linalg.norm(token.key)
+            token.likeness = token.key @ total / np.linalg.norm(token.key) / np.linalg.norm(total)
+        if self.policy.name == "replay":
+            for token in tokens + fresh:
+                weight = 2.0 ** (self.steps / self.policy.memory)
+                new = sum(s for step, s in token.squares if step >= self.steps - self.policy.window)
+                token.fading = self._bf16(token.fading + weight * new)
+                token.squares.clear()
+        if self.policy.name != "snapkv":
+            return
+        window, side = self.policy.window, self.policy.pool // 2
+        near = [
+            sum(share for step, share, _ in token.seen if step >= max(first, self.steps - window))
+            for token in tokens + fresh
+        ]
+        own = np.pad(near[len(tokens) :], side)
+        pooled = [own[i : i + 2 * side + 1].sum() / self.policy.pool for i in range(len(fresh))]
+        for token, gain in zip(tokens + fresh, near[: len(tokens)] + pooled, strict=True):
+            token.fading = token.fading * (1 - 1 / window) ** count + gain
 
     def _store(self, index, head, arriving):
         """The newcomers go down the chain; each tier keeps its best."""
         window = self.config.layers[index].window
         tiers = self.layers[index][head]
         for number, limit in enumerate(self.limits[index]):
+            upto = sum(self.limits[index][: number + 1])
             rivals = tiers[number] + arriving
             if window is not None:
                 rivals = [token for token in rivals if self.steps - token.position < window]
-            ranked = sorted(rivals, key=lambda t: (*self._rank(t, index, head, limit), t.position), reverse=True)
+            ranked = sorted(rivals, key=lambda t: (*self._rank(t, index, head, upto), t.position), reverse=True)
+            held = {token.position for token in tiers[number]}
             tiers[number], arriving = ranked[:limit], ranked[limit:]
+            for token in tiers[number]:
+                if token.position not in held:
+                    token.key, token.value = self.stored(number, token.key, token.value, self.balance[index][head])
             if tiers[number] and arriving:
-                (last, a), (first, b) = (self._rank(t, index, head, limit) for t in (tiers[number][-1], arriving[0]))
-                if not last and not first and self.policy.name == "h2o":
+                (last, a), (first, b) = (self._rank(t, index, head, upto) for t in (tiers[number][-1], arriving[0]))
+                if not last and not first and self.policy.name in ("h2o", "snapkv", "replay"):
                     self.margin = min(self.margin, abs(a - b))
 
     def _rank(self, token, index, head, limit):
@@ -128,11 +181,30 @@ class Reference:
                 return random_score(policy.seed, index, head, token.position)
             case "h2o":
                 return sum(share for _, share, _ in token.seen)
+            case "snapkv" | "replay":
+                return token.fading
+            case "tova":
+                return self._bf16(sum(share for step, share, _ in token.seen if step == newest))
+            case "knorm":
+                return -self._bf16(token.norm)
+            case "keydiff":
+                return -self._bf16(token.likeness)
+            case "kvzip":
+                return self._bf16(token.peak)
             case "scissorhands-reference":
                 return -sum(step > newest - policy.window for step in low)
             case "scissorhands":
                 age = [self.bucket_of[-1] - self.bucket_of[step] for step in low]
                 return -sum(a < 4 for a in age)
+
+    def _bf16(self, x):
+        """x as bfloat16 rounds it; the margin is how far it is, relative, from rounding the other way."""
+        if x == 0:
+            return 0.0
+        mantissa, exponent = math.frexp(abs(x))
+        units = mantissa * 256
+        self.margin = min(self.margin, abs(abs(units - math.floor(units)) - 0.5) / units)
+        return math.copysign(math.ldexp(round(units), exponent - 8), x)
 
     def _fill_buckets(self, count):
         """A run of a whole window or more starts the buckets anew, so that its last step ends one."""
@@ -163,6 +235,12 @@ def random_score(seed, layer, head, position):
     for part in (layer, head, position):
         mixed = mix(mixed ^ mix(part + 0x9E3779B9 & 0xFFFFFFFF))
     return mixed >> 8
+
+
+def balance(queries, keys):
+    """MiKV's factor per channel, shared by rotated pairs: the root of max |q| over max |k|."""
+    q, k = (np.abs(x).max(axis=0).reshape(2, -1).max(axis=0) for x in (queries, keys))
+    return np.tile(np.sqrt(q / k), 2)
 
 
 def norm(x, scale, eps):

@@ -1,17 +1,21 @@
 """Both attention operations against their references, and the references against cases worked by hand."""
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
 
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Packed, Source, decode_attention
 from pallas_kernels.decode_attention import reference as decode_reference
-from pallas_kernels.extend_attention import extend_attention
+from pallas_kernels.extend_attention import TierSource, extend_attention
 from pallas_kernels.extend_attention import reference as extend_reference
+
+ADD = functools.partial(jax.tree.map, jnp.add)
 
 
 def test_decode_reference_by_hand():
@@ -20,20 +24,21 @@ def test_decode_reference_by_hand():
     k = np.array([[[[0.0, 2 * math.log(3), np.nan], [5.0, -7.0, np.nan]]]])  # [B, P, H, S]
     v = np.array([[[[4.0, 0.0], [0.0, 4.0], [1e30, 1e30]]]])
     live = np.array([[[True, True, False]]])
-    out, (p,) = decode_reference.decode_attention(((q, k, v, live),), scale=0.5, softcap=None)
+    out, (p,) = decode_reference.decode_attention((Source(q, k, v, live),), scale=0.5, softcap=None)
     np.testing.assert_allclose(p[0, 0, 0], [0.25, 0.75, 0.0], rtol=tolerances.BY_HAND)
     np.testing.assert_allclose(out[0, 0, 0], [1.0, 3.0], rtol=tolerances.BY_HAND)
     # a cap of 1 turns the logit ln 3 into tanh(ln 3) = (9 - 1) / (9 + 1)
-    _, (p,) = decode_reference.decode_attention(((q, k, v, live),), scale=0.5, softcap=1.0)
+    _, (p,) = decode_reference.decode_attention((Source(q, k, v, live),), scale=0.5, softcap=1.0)
     np.testing.assert_allclose(p[0, 0, 0, 1], 1 / (1 + math.exp(-0.8)), rtol=tolerances.BY_HAND)
-    out, (p,) = decode_reference.decode_attention(((q, k, v, live & False),), scale=0.5, softcap=None)
+    out, (p,) = decode_reference.decode_attention((Source(q, k, v, live & False),), scale=0.5, softcap=None)
     assert not out.any() and not p.any()
 
 
 def test_extend_reference_by_hand():
     """All logits are 0, so every row is the uniform mean of what it sees: the mask, written out."""
     zeros, arange = np.zeros((1, 1, 1, 5, 1)), np.arange(5)
-    tier = (zeros, np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 2, 1)), np.array([[[7, 8]]]), np.array([[[True, True]]]))
+    held = Source(zeros, np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 2, 1)), np.array([[[True, True]]]))
+    tier = TierSource(held, np.array([[[7, 8]]]))
     call = lambda **options: extend_reference.extend_attention(
         zeros, zeros[:, :, 0], 10.0 ** arange.reshape(1, 1, 5, 1), (tier,),
         **{"positions": arange[None] + 9, "valid": np.array([[1, 1, 1, 0, 1]]) > 0, "segments": None, "causal": True,
@@ -52,14 +57,14 @@ def test_extend_reference_by_hand():
 
 
 def make_source(rng, batch, rows, group, size, slots, live):
-    """Queries, keys, values and live slots of one tier; dead slots hold what must not be read."""
+    """One tier as it is attended to; dead slots hold what must not be read."""
     q = rng.standard_normal((batch, rows, group, size)).astype(np.float32)
     k = rng.standard_normal((batch, rows, size, slots)).astype(np.float32)
     v = rng.standard_normal((batch, rows, slots, size)).astype(np.float32)
     live = np.zeros((batch, rows, slots), bool) if live is None else rng.random((batch, rows, slots)) < live
     k = np.where(live[:, :, None], k, np.nan)
     v = np.where(live[..., None], v, np.float32(1e30))
-    return q, k, v, live
+    return Source(q, k, v, live)
 
 
 DECODE = {  # (B, P, G, H, [(slots, share of live ones)])
@@ -77,7 +82,7 @@ def test_decode(name, softcap):
     batch, rows, group, size, tiers = DECODE[name]
     rng = np.random.default_rng(len(name))
     sources = tuple(make_source(rng, batch, rows, group, size, slots, live) for slots, live in tiers)
-    given = tuple(tuple(map(jnp.asarray, source)) for source in sources)
+    given = tuple(Source(*map(jnp.asarray, source[:4])) for source in sources)
     out, probabilities = decode_attention(given, scale=0.6, softcap=softcap)
     expected, shares = decode_reference.decode_attention(sources, scale=0.6, softcap=softcap)
     np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
@@ -87,15 +92,62 @@ def test_decode(name, softcap):
         assert not np.asarray(out).any()
 
 
+PACKED = {  # bits: level, how many groups share a scale, whether there is a zero
+    "int8": (8, lambda c: c.astype(jnp.float32), 1, True),
+    "4 bits, groups": (4, lambda c: c.astype(jnp.float32), 2, True),
+    "3 bits, a curve": (3, lambda c: (c.astype(jnp.float32) - 3.5) ** 3, 1, False),
+    "2 bits": (2, lambda c: c.astype(jnp.float32) - 1.5, 1, False),
+    "bfloat16": (16, lambda c: jax.lax.bitcast_convert_type(c, jnp.bfloat16).astype(jnp.float32), 0, False),
+}
+
+
+@pytest.mark.parametrize("slots", [1, 24, 56])
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_keys_and_values(name, channels, slots):
+    """A tier that is read as codes against the same one unpacked by hand, beside a float tier."""
+    bits, level, groups, zero = PACKED[name]
+    rng = np.random.default_rng(slots)
+
+    def packed():
+        """Packed codes, and the numbers they mean [B, P, H, S]."""
+        if bits == 16:
+            codes = np.asarray(jnp.asarray(rng.standard_normal((2, 2, channels, slots)), jnp.bfloat16)).view(np.uint16)
+            return Packed(jnp.asarray(codes), 16, level), np.asarray(level(jnp.asarray(codes)))
+        codes = rng.integers(0, 2**bits, (2, 2, channels, slots)).astype(np.uint8)
+        field = lambda width, shift: [
+            sum(((codes[:, :, h + i] >> shift) & (2**width - 1)) << (width * i) for i in range(8 // width))
+            for h in range(0, channels, 8 // width)
+        ]
+        rows = [*field(2, 0), *field(1, 2)] if bits == 3 else field(bits, 0)
+        scale, offset = rng.random((2, 2, 2, groups, slots)).astype(np.float32)
+        wide = lambda x: np.repeat(x, channels // groups, axis=2)
+        meant = np.asarray(level(jnp.asarray(codes))) * wide(scale) + (wide(offset) if zero else 0)
+        factors = jnp.asarray(scale), jnp.asarray(offset) if zero else None
+        return Packed(jnp.asarray(np.stack(rows, axis=2).astype(np.uint8)), bits, level, *factors), meant
+
+    live = np.arange(slots)[None, None] < rng.integers(0, slots + 1, (2, 2, 1))
+    queries = rng.standard_normal((2, 2, 3, channels)).astype(np.float32)
+    (keys, meant_keys), (values, meant_values) = packed(), packed()
+    other = make_source(rng, 2, 2, 3, channels, 5, 1.0)
+    mine = Source(jnp.asarray(queries), keys, values, jnp.asarray(live))
+    out, probabilities = decode_attention((mine, Source(*map(jnp.asarray, other[:4]))), scale=0.1, softcap=None)
+    meant = Source(queries, meant_keys, np.swapaxes(meant_values, 2, 3), live)
+    expected, shares = decode_reference.decode_attention((meant, other), scale=0.1, softcap=None)
+    np.testing.assert_allclose(out, expected, rtol=tolerances.PACKED, atol=tolerances.PACKED)
+    for p, share in zip(probabilities, shares, strict=True):
+        np.testing.assert_allclose(p, share, rtol=0, atol=tolerances.ATTENTION)
+
+
 @pytest.mark.parametrize(
     "wrong", ["keys as values", "mask off by one", "scale dropped", "zeros", "no cap", "one query"]
 )
 def test_decode_tolerance_sees(wrong):
     rng = np.random.default_rng(0)
     sources = tuple(make_source(rng, 2, 2, 3, 8, slots, 1.0) for slots in (6, 7))
-    q, k, v, live = sources[1]
+    q, k, v, live, _ = sources[1]
     live = live & (np.arange(7) < 5)
-    good, _ = decode_reference.decode_attention((sources[0], (q, k, v, live)), scale=0.6, softcap=1.5)
+    good, _ = decode_reference.decode_attention((sources[0], Source(q, k, v, live)), scale=0.6, softcap=1.5)
     scale, softcap, other = 0.6, 1.5, sources[0]
     if wrong == "keys as values":
         v = np.swapaxes(k, 2, 3)
@@ -106,8 +158,8 @@ def test_decode_tolerance_sees(wrong):
     elif wrong == "no cap":
         softcap = None
     elif wrong == "one query":
-        q = other[0]
-    bad, _ = decode_reference.decode_attention((other, (q, k, v, live)), scale=scale, softcap=softcap)
+        q = other.queries
+    bad, _ = decode_reference.decode_attention((other, Source(q, k, v, live)), scale=scale, softcap=softcap)
     bad = 0 * bad if wrong == "zeros" else bad
     assert np.abs(good - bad).max() > tolerances.VISIBLE
 
@@ -157,9 +209,10 @@ def make_extend(case: Extend, seed: int):
     values = np.where(valid[:, None, :, None], values, 1e30).astype(np.float32)
     tiers = []
     for slots, share in case.tiers:
-        _, k, v, live = make_source(rng, batch, rows, 1, size, slots, share)
+        _, k, v, live, _ = make_source(rng, batch, rows, 1, size, slots, share)
         order = np.argsort(rng.random((batch, rows, base)), axis=-1)[..., :slots].astype(np.int32)
-        tiers.append((normal(batch, rows, group, length, size), k, v, np.where(live, order, -1).astype(np.int32), live))
+        source = Source(normal(batch, rows, group, length, size), k, v, live)
+        tiers.append(TierSource(source, np.where(live, order, -1).astype(np.int32)))
     options = {
         "positions": positions.astype(np.int32),
         "valid": valid,
@@ -175,7 +228,7 @@ def make_extend(case: Extend, seed: int):
 def call_extend(arguments, options, **more):
     as_jax = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
     queries, keys, values, tiers = arguments
-    tiers = tuple(tuple(map(jnp.asarray, tier)) for tier in tiers)
+    tiers = tuple(TierSource(Source(*map(jnp.asarray, t.source[:4])), jnp.asarray(t.positions)) for t in tiers)
     options = {name: as_jax(value) for name, value in options.items()}
     return extend_attention(*map(jnp.asarray, (queries, keys, values)), tiers, **options, **more)
 
@@ -188,12 +241,13 @@ def test_extend(name):
     weights = np.random.default_rng(1).random(length).astype(np.float32)  # so that a row taken for another shows
     padded = jnp.pad(jnp.asarray(weights), (0, length))
 
-    def row_statistic(p, visible, live, start):
+    def row_statistic(p, visible, live, start, own):
+        p = p.mean(axis=2)
         rows = jnp.where(start + jnp.arange(p.shape[2]) < length, padded[start + jnp.arange(p.shape[2])], 0.0)
         crowd = jnp.where(visible, live[..., None], 0).astype(jnp.float32)
         return {"share": jnp.einsum("bpts,t->bps", p, rows), "crowd": jnp.einsum("bpts,t->bps", crowd, rows)}
 
-    out, statistics = call_extend(arguments, options, block=case.block, row_statistic=row_statistic)
+    out, statistics = call_extend(arguments, options, block=case.block, row_statistic=row_statistic, merge=ADD)
     expected, shares, visible = extend_reference.extend_attention(*arguments, **options)
     np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
     live = sum(see.sum(axis=-1) for see in visible)
@@ -208,7 +262,7 @@ def test_extend(name):
 
 def test_extend_without_statistics():
     arguments, options = make_extend(EXTEND["window and tiers"], 0)
-    out, statistics = call_extend(arguments, options, row_statistic=None)
+    out, statistics = call_extend(arguments, options, row_statistic=None, merge=None)
     assert statistics == (None, None, None)
     expected, _, _ = extend_reference.extend_attention(*arguments, **options)
     np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
@@ -235,18 +289,18 @@ WRONG = {
 def test_extend_tolerance_sees(wrong):
     case = Extend(shape=(2, 2, 3, 11, 8), tiers=((6, 1.0),), window=5, segments=True, softcap=1.5)
     arguments, options = make_extend(case, 3)
-    queries, keys, values, ((q, k, v, _, live),) = arguments
+    queries, keys, values, (((q, k, v, live, _), _),) = arguments
     options["valid"] = np.broadcast_to(np.arange(11) != 4, (2, 11))
     tier_positions = np.broadcast_to(np.arange(12, 18, dtype=np.int32), (2, 2, 6))  # the queries start at 18
-    tier = (q, k, v, tier_positions, live)
+    tier = TierSource(Source(q, k, v, live), tier_positions)
     good, _, _ = extend_reference.extend_attention(queries, keys, values, (tier,), **options)
     options |= WRONG[wrong]
     if wrong == "keys as values":
-        tier = (q, k, np.swapaxes(k, 2, 3), tier_positions, live)
+        tier = TierSource(Source(q, k, np.swapaxes(k, 2, 3), live), tier_positions)
     elif wrong == "new keys as values":
         values = keys
     elif wrong == "tier queries":
-        tier = (queries, k, v, tier_positions, live)
+        tier = TierSource(Source(queries, k, v, live), tier_positions)
     elif wrong == "causal off by one":
         keys, values = np.roll(keys, 1, axis=2), np.roll(values, 1, axis=2)
     elif wrong == "pads seen":

@@ -14,10 +14,11 @@ from infer.prefill import new_state, read
 from infer.sampling import Sampling, make_sampling
 from infer.stops import build_stops
 from jaxkv.cache import decode, empty_state, live_count
-from jaxkv.cache.budgets import parse_budget, plan, slot_grid, tree_bytes
+from jaxkv.cache.budgets import STEP, parse_budget, plan, slot_grid, tree_bytes
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.decoder import init_params
 from jaxkv.policies import POLICIES, Full, Recency, make_policy
+from jaxkv.presets import PRESETS, Preset, make_preset, tiers
 
 ROPE = RopeConfig(kind="default", theta=10000.0, rotary_dim=8)
 CONFIG = DecoderConfig(
@@ -58,10 +59,10 @@ def bytes_of_arguments(memory, beside):
     return memory.argument_size_in_bytes - tree_bytes(beside)
 
 
-@pytest.mark.parametrize(("name", "share"), [(n, s) for n in POLICIES for s in (1.0, 0.3) if n != "full" or s == 1.0])
+@pytest.mark.parametrize(("name", "share"), [(n, s) for n in PRESETS for s in (1.0, 0.6) if n != "full" or s == 1.0])
 def test_bytes_are_the_compiled_programs(name, share):
     """What is reported for a row, three times, is what the program takes: its arguments without parameters and flags."""
-    planned = plan(CONFIG, make_policy(name), f"{share:.0%}", lengths=LENGTHS, dtype="float32")
+    planned = plan(CONFIG, name, f"{share:.0%}", lengths=LENGTHS, dtype="float32")
     params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     state = new_state(CONFIG, planned, LENGTHS)
     step = jax.jit(functools.partial(decode, config=CONFIG), donate_argnums=2)
@@ -112,8 +113,8 @@ def test_the_state_that_generation_leaves_keeps_the_budget():
         make_policy("scissorhands", recent=4),
     )
     lengths = [len(prompt) + count for prompt, count in zip(prompts, new, strict=True)]
-    planned = plan(CONFIG, policy, "25%", lengths=lengths, dtype="float32")
-    assert planned.limits[:, 0].tolist() == [[20, 9, 4], [16, 9, 4]]
+    planned = plan(CONFIG, policy, 10, lengths=lengths, dtype="float32")
+    assert planned.limits[:, 0].tolist() == [[10, 10, 10], [10, 10, 10]]
     params = init_params(CONFIG, jax.random.key(0))
     hidden, state = read(params, prompts, new_state(CONFIG, planned, lengths), config=CONFIG)
     stops = build_stops([], [], set(), CONFIG.vocab_size)
@@ -133,13 +134,41 @@ def test_the_state_that_generation_leaves_keeps_the_budget():
     np.testing.assert_array_equal(newest, np.repeat(read_in[:, None] - 1, 2, axis=1))
 
 
-@pytest.mark.parametrize("asked", ["20kb", "40kb", "80kb"])
-@pytest.mark.parametrize("name", [n for n in POLICIES if n != "full"])
+@pytest.mark.parametrize("asked", ["20kb", "31kb", "40kb", "80kb"])
+@pytest.mark.parametrize("name", [n for n in PRESETS if n != "full"])
 def test_bytes_are_never_exceeded(name, asked):
-    planned = plan(
-        CONFIG, make_policy(name, **({"recent": 1} if name != "recency" else {})), asked, lengths=[500], dtype="float32"
-    )
-    assert planned.bytes_per_row <= parse_budget(asked).amount
+    planned = plan(CONFIG, make_preset(name, recent=1), asked, lengths=[500], dtype="float32")
+    given = parse_budget(asked).amount
+    assert planned.bytes_per_row <= given
+    if planned.limits.sum(axis=1).max() < 500:  # what is left would not pay for one more step of slots in every layer
+        step = plan(CONFIG, make_preset(name, recent=1), f"{2 * given}b", lengths=[500], dtype="float32")
+        per_token = (step.bytes_per_row - planned.bytes_per_row) / max(1, (step.limits - planned.limits).sum())
+        assert given - planned.bytes_per_row <= 2 * STEP * len(CONFIG.layers) * len(planned.spec[0].tiers) * per_token
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.125])
+@pytest.mark.parametrize("name", ["h2o", "mikv", "rotated-3", "pyramid"])
+def test_a_share_is_of_the_bytes_of_a_full_bfloat16_cache(name, share):
+    big = dataclasses.replace(CONFIG, num_heads=4, head_dim=64)
+    planned = plan(big, name, f"{share:.1%}", lengths=[2000], dtype="float32")
+    full = (2000 + 16) * 2 * 64 * 2 * 2  # the second layer's window is 16
+    assert planned.share == planned.bytes_per_row / full
+    assert share - 0.02 < planned.share <= share or planned.limits[0].sum() == 2000
+
+
+def test_tiers_share_the_tokens_as_their_preset_says():
+    parts = tiers((0.25, "int8"), (0.75, "int4", "int2"), residual=16)
+    preset = Preset(name="mix", summary="", policy=Recency(), parts=parts)
+    planned = plan(CONFIG, preset, 216, lengths=[500], dtype="float32")
+    assert planned.limits[0, :, 0].tolist() == [16, 48, 152]  # a quarter of 200 is 50, in steps of 8
+    assert [tier.scheme for tier in planned.spec[0].tiers] == [("bf16", "bf16"), ("int8", "int8"), ("int4", "int2")]
+    assert planned.limits[1, :, 0].tolist() == [16, 0, 0]  # the window
+
+
+def test_pyramid_gives_early_layers_more():
+    deep = dataclasses.replace(CONFIG, layers=(CONFIG.layers[0],) * 4)
+    limits = plan(deep, "pyramid", 100, lengths=[500], dtype="float32").limits[:, 0, 0].tolist()
+    assert limits == [160, 120, 80, 40]
 
 
 def test_local_layers_never_hold_more_than_their_window():
@@ -148,8 +177,9 @@ def test_local_layers_never_hold_more_than_their_window():
 
 
 def test_ragged_shares_are_per_row():
-    planned = plan(CONFIG, Recency(), "10%", lengths=[100, 400], dtype="float32")
-    assert planned.limits[0, 0].tolist() == [10, 40]
+    planned = plan(CONFIG, Recency(), "40%", lengths=[100, 400], dtype="float32")
+    alone = [plan(CONFIG, Recency(), "40%", lengths=[n], dtype="float32").limits[0, 0, 0] for n in (100, 400)]
+    assert planned.limits[0, 0].tolist() == alone and alone[0] < alone[1]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +218,8 @@ def test_more_bytes_than_the_full_cache_is_full_and_said_so(name):
             plan(CONFIG, policy, less, lengths=LENGTHS, dtype="float32")
     else:
         planned = plan(CONFIG, policy, less, lengths=LENGTHS, dtype="float32")
-        assert planned.bytes_per_row < full.bytes_per_row and planned.limits.max() < 200 and planned.note == ""
+        assert planned.bytes_per_row < full.bytes_per_row and planned.note == ""
+        assert {tier.scheme for layer in planned.spec for tier in layer.tiers} == {("bf16", "bf16")}
 
 
 def test_limits_that_do_not_fit_are_refused():

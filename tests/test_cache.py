@@ -22,6 +22,7 @@ from cache_harness import (
     Case,
     T,
     assert_contained,
+    assert_memory_close,
     assert_rows_equal,
     assert_same_contents,
     budgets,
@@ -40,13 +41,21 @@ from cache_harness import (
     read,
     run_case,
     small,
+    spec_of,
     standard,
+    value_codes,
 )
 
 from jaxkv.cache import compress, concat, decode, drop, empty_state, extend, forward, insert, live_count
 from jaxkv.cache.attend import retention
 from jaxkv.policies import H2O, Full, Random, Scissorhands, ScissorhandsReference
+from jaxkv.quantization import get_scheme
 from jaxkv.types import Encoded, Entries, LayerSpec, Rows, Tier, TierSpec
+
+
+def placed(values, scheme):
+    """Values [B, P, S, H] laid out as the scheme wants them."""
+    return np.swapaxes(values, 2, 3) if get_scheme(scheme).slots_minor else values
 
 
 def make_insert(rng, slots, count, scheme):
@@ -58,7 +67,7 @@ def make_insert(rng, slots, count, scheme):
     normal = lambda *shape: rng.standard_normal((*rows, *shape)).astype(np.float32)
     tier = Tier(
         keys=Encoded(codes=stored(np.where(live[:, :, None], normal(4, slots), np.nan))),
-        values=Encoded(codes=stored(np.where(live[..., None], normal(slots, 4), 1e30))),
+        values=Encoded(codes=placed(stored(np.where(live[..., None], normal(slots, 4), 1e30)), scheme)),
         positions=np.where(live, at[..., :slots], -1).astype(np.int32),
         slots={"mark": normal(slots), "bits": rng.integers(0, 255, (*rows, slots, 2)).astype(np.uint8)},
         limit=np.maximum(live.sum(-1), rng.integers(0, slots + 1, rows)).astype(np.int32),
@@ -98,7 +107,8 @@ def test_insert(slots, count, scheme, displace):
             check_parts(after, tier, entries, b, p, [e for e in expected if e], stored=True)
             if displace:
                 left = Tier(
-                    keys=Encoded(codes=np.swapaxes(displaced.keys, 2, 3)), values=Encoded(codes=displaced.values),
+                    keys=Encoded(codes=np.swapaxes(displaced.keys, 2, 3)),
+                    values=Encoded(codes=placed(displaced.values, tier.scheme[1])),
                     positions=np.where(displaced.valid, displaced.positions, -1), slots=displaced.slots,
                     limit=tier.limit, scheme=tier.scheme,
                 )  # fmt: skip
@@ -116,7 +126,7 @@ def parts_of(tier, entries, b, p, origin):
     """Position, key, value and policy state of one candidate."""
     kind, i = origin
     if kind == "slot":
-        source, key, value = tier, numbers(tier.keys.codes)[b, p, :, i], numbers(tier.values.codes)[b, p, i]
+        source, key, value = tier, numbers(tier.keys.codes)[b, p, :, i], numbers(value_codes(tier))[b, p, i]
     else:
         source, key, value = entries, entries.keys[b, p, i], entries.values[b, p, i]
     return int(source.positions[b, p, i]), key, value, source.slots["mark"][b, p, i], source.slots["bits"][b, p, i]
@@ -129,7 +139,7 @@ def check_parts(after, tier, entries, b, p, origins, stored):
         at, key, value, mark, bits = parts_of(tier, entries, b, p, origin)
         (slot,) = np.flatnonzero(after.positions[b, p] == at)
         np.testing.assert_array_equal(numbers(after.keys.codes)[b, p, :, slot], rounded(key))
-        np.testing.assert_array_equal(numbers(after.values.codes)[b, p, slot], rounded(value))
+        np.testing.assert_array_equal(numbers(value_codes(after))[b, p, slot], rounded(value))
         np.testing.assert_array_equal(after.slots["mark"][b, p, slot], mark)
         np.testing.assert_array_equal(after.slots["bits"][b, p, slot], bits)
 
@@ -183,7 +193,7 @@ def test_extend_by_one_is_decode(name):
     found, _, state = go_on(case, after, by="extend")
     np.testing.assert_allclose(found[case.then_valid], hiddens[case.then_valid], rtol=0, atol=tolerances.HIDDEN)
     assert_same_contents(state, final, atol=tolerances.ENTRIES)
-    assert_rows_equal([layer.row for layer in state.layers], [layer.row for layer in final.layers], range(B))
+    assert_memory_close(state, final)
     np.testing.assert_array_equal(state.next_position, final.next_position)
 
 
@@ -196,12 +206,12 @@ def observed():
 @every_evicting
 def test_compress_reaches_what_the_policy_would_have(name):
     case, (_, after, hiddens, *_) = standard(name)
-    limits = budgets(small(name), case.limits)[:, 0]
+    limits = budgets(small(name), case.limits)
     before = jax.tree.map(np.array, observed()[1])
-    state = compress(observed()[1], small(name), slots=[SLOTS] * 2, limits=limits)
+    state = compress(observed()[1], spec_of(small(name)), limits=limits)
     assert_rows_equal(before, observed()[1], range(B))  # the source survives
     assert_same_contents(state, after, atol=tolerances.STATISTIC)
-    assert_rows_equal([layer.row for layer in state.layers], [layer.row for layer in after.layers], range(B))
+    assert_memory_close(state, after)
     found, _, _ = go_on(case, state)
     np.testing.assert_allclose(found[case.then_valid], hiddens[case.then_valid], rtol=0, atol=tolerances.HIDDEN)
 
@@ -209,9 +219,9 @@ def test_compress_reaches_what_the_policy_would_have(name):
 def test_compress_refuses_what_it_has_not_seen():
     state = new_state(Full(observe=(small("h2o"),)), [[SLOTS] * B])
     with pytest.raises(ValueError, match="has not observed"):
-        compress(state, small("scissorhands"), slots=[8] * 2, limits=np.full((2, B), 8))
+        compress(state, spec_of(small("scissorhands")), limits=np.full((2, 1, B), 8))
     with pytest.raises(ValueError, match="under the full policy, got 'random'"):
-        compress(new_state(small("random"), [[9] * B]), small("h2o"), slots=[8] * 2, limits=np.full((2, B), 8))
+        compress(new_state(small("random"), [[9] * B]), spec_of(small("h2o")), limits=np.full((2, 1, B), 8))
 
 
 # Rows, pads and dead slots
@@ -324,7 +334,7 @@ def test_random_does_not_depend_on_the_batch_index():
         assert all(row == layer[0] for row in layer)  # tokens differ, positions and draws do not
     assert layers[0][0][0] != layers[0][0][1]  # heads draw for themselves
     at = jnp.arange(SLOTS, dtype=jnp.int32)[None, None]
-    first, again, other = (Random(seed=seed).score((), Random().enter_row(1, 0), at) for seed in (0, 0, 1))
+    first, again, other = (Random(seed=seed).score((), Random().enter_row((1, 2, 4), 0), at) for seed in (0, 0, 1))
     assert (first == again).all() and (first != other).mean() > 0.9
 
 
@@ -347,14 +357,15 @@ def kept_by_hand(policy, limit):
     count = jnp.asarray([8], jnp.int32)
     rows = Rows(
         remaining=jnp.arange(7, -1, -1, dtype=jnp.int32)[None], valid=jnp.ones((1, 8), bool), count=count,
-        live=jnp.arange(1, 9, dtype=jnp.int32)[None, None],
+        live=jnp.arange(1, 9, dtype=jnp.int32)[None, None], replay=jnp.zeros((1, 8), bool), own=True,
     )  # fmt: skip
-    row = policy.enter_row(1, 0)
+    keys = jnp.zeros((1, 1, 8, 4))
+    row = policy.enter_row((1, 1, 4), 0)
     statistic = policy.row_statistic(
-        jnp.asarray(HAND)[None, None], jnp.tril(jnp.ones((8, 8), bool))[None, None], rows, row
+        jnp.asarray(HAND)[None, None, None], jnp.tril(jnp.ones((8, 8), bool))[None, None], rows, row
     )
-    slots = policy.absorb(policy.enter((1, 1, 8)), statistic, row, count)
-    row = policy.advance(row, count)
+    slots = policy.absorb(policy.enter(keys, keys, row), statistic, row, count)
+    row = policy.advance(row, count, keys, rows.valid)
     positions, limits = jnp.arange(8, dtype=jnp.int32)[None, None], jnp.full((1, 1), limit, jnp.int32)
     score = np.asarray(retention(policy, slots, row, positions, limits, count - 1))[0, 0]
     best = sorted(range(8), key=lambda i: (score[i], i), reverse=True)[:limit]

@@ -27,10 +27,13 @@ from cache_harness import (
     read,
     run_case,
     small,
+    spec_of,
+    value_codes,
 )
 
 from jaxkv.cache import compress
 from jaxkv.policies import POLICIES, Full
+from jaxkv.quantization import get_scheme
 
 MODELS = {"float32": PARAMS, "bfloat16": jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)}
 HIDDEN = {"float32": tolerances.HIDDEN_BF16_CACHE, "bfloat16": tolerances.HIDDEN_BF16_MODEL}
@@ -117,7 +120,7 @@ def test_against_the_reference(model, name):
 def check_rounded_entries(state, reference, row, atol):
     for index, layer in enumerate(state.layers):
         (tier,) = layer.tiers
-        keys, values = numbers(tier.keys.codes)[row], numbers(tier.values.codes)[row]
+        keys, values = numbers(tier.keys.codes)[row], numbers(value_codes(tier))[row]
         for p, (tokens,) in enumerate(reference.layers[index]):
             slot_of = {int(at): slot for slot, at in enumerate(tier.positions[row, p])}
             for token in tokens:
@@ -164,7 +167,7 @@ def test_compress_rounds_nothing_again(model, name):
     observe = tuple(small(other) for other in EVICTING)
     _, source = read(Full(observe=observe), case, scheme="bf16", params=MODELS[model])
     before = jax.tree.map(np.array, source)
-    state = compress(source, small(name), slots=[SLOTS] * 2, limits=budgets(small(name), case.limits)[:, 0])
+    state = compress(source, spec_of(small(name), scheme="bf16"), limits=budgets(small(name), case.limits))
     assert_contained(state, source, parts=2)
     assert_rows_equal(before, source, range(B))  # the source survives
     for mine, theirs in zip(state.layers, after.layers, strict=True):
@@ -179,10 +182,11 @@ def test_the_tolerance_sees(model, wrong):
     case, (_, after, hiddens, *_) = run(model, "full" if model == "float32" else "h2o")
 
     def spoil(tier):
+        minor = get_scheme(tier.scheme[1]).slots_minor
         codes = {
-            "keys as values": np.swapaxes(tier.keys.codes, 2, 3),
+            "keys as values": tier.keys.codes if minor else np.swapaxes(tier.keys.codes, 2, 3),
             "no values": 0 * tier.values.codes,
-            "a slot off": np.roll(tier.values.codes, 1, axis=2),
+            "a slot off": np.roll(tier.values.codes, 1, axis=3 if minor else 2),
         }
         return dataclasses.replace(tier, values=dataclasses.replace(tier.values, codes=codes[wrong]))
 

@@ -29,7 +29,7 @@ def run(*arguments, cwd=None, text=None):
     ("arguments", "message"),
     [
         (["generate", "", "--quiet"], "the prompt is empty"),
-        (["generate", "a", "--cache", "lru"], "unknown cache policy 'lru'"),
+        (["generate", "a", "--cache", "lru"], "unknown cache 'lru'"),
         (["generate", "a", "--budget", "many"], "is not understood"),
         (["generate", "a", "--budget", "0"], "must be more than 0"),
         (["generate", "a", "--temperature", "-1"], "temperature must be"),
@@ -44,7 +44,7 @@ def run(*arguments, cwd=None, text=None):
         (["generate", "a", "--top-k", "-1"], "--top-k: must be at least 0"),
         (["generate", "a", "--top-k", "few"], "--top-k: invalid whole number value: 'few'"),
         (["chat", "--max-tokens", "-3"], "--max-tokens: must be at least 1"),
-        (["chat", "--cache", "lru"], "unknown cache policy 'lru'"),
+        (["chat", "--cache", "lru"], "unknown cache 'lru'"),
         (["generate", "a", "--dtype", "int8"], "invalid choice: 'int8' (choose from"),
         (["generate", "a", "--model", "nobody/nothing", "--offline"], "is not in the local cache"),
         (["generate", "a", "--loud"], "unrecognized arguments: --loud; see jaxkv --help"),

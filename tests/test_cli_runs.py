@@ -30,8 +30,8 @@ def test_note_says_what_the_cache_costs(command):
     code, out, err = command("generate", "abc", "--max-new-tokens", "8", "--cache", "full", "--budget", "11")
     assert (code, out) == (0, after("abc", 8) + "\n")
     before, after_it = err.splitlines()
-    assert before.startswith("full cache: 8.5 KiB per sequence, 11 tokens")
-    assert after_it.startswith("8 tokens, cache 8,748 bytes, ") and after_it.endswith(" tokens/s")
+    assert before.startswith("full cache: 8.3 KiB per sequence, 11 tokens")
+    assert after_it.startswith("8 tokens, cache 8,492 bytes, ") and after_it.endswith(" tokens/s")
 
 
 def test_json_and_logprobs(generate):
@@ -304,7 +304,7 @@ def test_evaluate_writes_rows_and_a_picture(evaluate, tmp_path):
     for row in rows:
         assert set(KEYS) <= set(row) and None not in [row[key] for key in KEYS]
         assert row["accuracy"] == {"next": 0.5} and row["tokens_per_second"] > 0
-    assert rows[1]["bytes"] < rows[0]["bytes"] and (rows[0]["share"], rows[1]["share"]) == (1.0, 0.5)
+    assert rows[1]["bytes"] < rows[0]["bytes"] and rows[0]["share"] == 1.0 and rows[1]["share"] <= 0.5
     assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
     assert out.splitlines()[0].split()[:3] == ["cache", "budget", "bytes"] and len(out.splitlines()) > 4
     assert err == f"picture: {tmp_path / 'picture'}\n"
@@ -315,7 +315,7 @@ def test_evaluate_writes_rows_and_a_picture(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--caches", "lru"], "unknown cache policy 'lru'; known: full"),
+        (["--caches", "lru"], "unknown cache 'lru'; known: full"),
         (["--budgets", "50%,lots"], "'lots' is not understood"),
         (["--tasks", "quiz"], "unknown task 'quiz'; known: passkey, magic"),
         (["--protocol", "guess"], "invalid choice: 'guess' (choose from"),

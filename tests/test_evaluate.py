@@ -358,7 +358,7 @@ def test_answers_are_what_greedy_generation_under_the_cache_says(lm, name, budge
     _, full = read(lm.params, [context], new_state(lm.config, whole, [length]), config=lm.config)
     for seed in range(8):
         ask = np.random.default_rng(seed).integers(0, 256, 16).tolist()
-        begin = lambda: compress(jax.tree.map(jnp.copy, full), policy, slots=small.slots, limits=small.limits[:, 0])
+        begin = lambda: compress(jax.tree.map(jnp.copy, full), small.spec, limits=small.limits)
         hidden, state = read(lm.params, [ask], begin(), config=lm.config)
         stops = build_stops([], [], set(), lm.config.vocab_size)
         request = Request(samplings=[Sampling()], max_new_tokens=[5], stops=stops)
@@ -374,12 +374,12 @@ def test_answers_are_what_greedy_generation_under_the_cache_says(lm, name, budge
     "changes, message",
     [
         ({"caches": []}, "no caches"),
-        ({"caches": ["fast"]}, "unknown cache policy 'fast'; known: full"),
+        ({"caches": ["fast"]}, "unknown cache 'fast'; known: full"),
         ({"budgets": []}, "needs a budget"),
         ({"budgets": ["lots"]}, "'lots' is not understood"),
         ({"budgets": ["25%", "25%"]}, "repeated"),
         ({"budgets": ["2"]}, "protects"),
-        ({"caches": [Scissorhands(), Scissorhands(window=40)]}, "two different policies"),
+        ({"caches": [Scissorhands(), Scissorhands(window=40)]}, "two different caches"),
         ({"tasks": ["quiz"]}, "'quiz'; known: passkey"),
         ({"protocol": "guess"}, "unknown protocol 'guess'"),
         ({"context": 0}, "context must be at least 1, got 0"),

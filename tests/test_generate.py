@@ -95,7 +95,7 @@ def test_session_questions_meet_the_same_memory(lm):
         ({"prompts": [[49152]]}, "outside the vocabulary, 0 to 49151"),
         ({"prompts": [[-1]]}, "token id -1"),
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"prompts": "a", "cache": "lru"}, "unknown cache policy 'lru'"),
+        ({"prompts": "a", "cache": "lru"}, "unknown cache 'lru'"),
         ({"prompts": "a", "budget": "20 parsecs"}, "unknown unit 'parsecs'"),
         ({"prompts": "a", "max_new_tokens": 9000}, "window is 8192"),
         ({"prompts": "a b c d e f g h", "cache": "recency", "budget": 2}, "the least is 5 tokens"),

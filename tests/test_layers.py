@@ -13,7 +13,7 @@ from jaxkv.cache import decode, empty_state
 from jaxkv.cache.extend import _by_tokens
 from jaxkv.layers import SMALL, linear
 from jaxkv.types import LayerSpec, TierSpec
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Source, decode_attention
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -61,7 +61,7 @@ def test_by_tokens(shape, largest):
 def test_a_row_that_sees_nothing_gives_zeros_whatever_dead_slots_hold():
     shape = (1, 1, 2, 4)
     q, k, v = jnp.ones(shape), jnp.full((1, 1, 4, 5), jnp.nan), jnp.full((1, 1, 5, 4), 3e38)
-    out, (p,) = decode_attention(((q, k, v, jnp.zeros((1, 1, 5), bool)),), scale=1.0, softcap=None)
+    out, (p,) = decode_attention((Source(q, k, v, jnp.zeros((1, 1, 5), bool)),), scale=1.0, softcap=None)
     np.testing.assert_array_equal(out, np.zeros(shape))
     np.testing.assert_array_equal(p, np.zeros((1, 1, 2, 5)))
 

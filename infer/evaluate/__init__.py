@@ -6,6 +6,7 @@ print(report.table(rows))
 
 from infer.evaluate import metrics, report
 from infer.evaluate.run import PROTOCOLS, evaluate
+from infer.evaluate.seeds import evaluate_seeds
 from infer.evaluate.tasks import TASKS, Context, Question, load_samples, make_samples
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Context",
     "Question",
     "evaluate",
+    "evaluate_seeds",
     "load_samples",
     "make_samples",
     "metrics",

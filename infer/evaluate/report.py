@@ -29,7 +29,7 @@ def table(rows: Sequence[Row]) -> str:
             row["budget"],
             format_bytes(row["bytes"]),
             f"{row['share']:.1%}",
-            _number(row["kl_mean"], ".4f"),
+            _number(row["kl_mean"], ".4f") + _spread(row),
             _number(row["kl_p99"], ".3f"),
             _number(row["top1"], ".1%"),
             _number(row["bits_per_byte"], ".3f"),
@@ -49,6 +49,14 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _spread(row: Row) -> str:
+    """The lowest and the highest seed."""
+    if len(row.get("seeds", ())) < 2 or row["kl_mean"] is None:
+        return ""
+    low, high = row["spread"]["kl_mean"]
+    return f" [{low:.4f}-{high:.4f}]"
+
+
 def _accuracy(row: Row, task: str) -> str:
     if row["accuracy"].get(task) is None:
         return "-"
@@ -61,6 +69,9 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     if protocols:
         notes.append(f"questions: {', '.join(protocols)}; [95 % Wilson interval]; bytes: allocated for one sequence")
+    seeds = {tuple(row["seeds"]) for row in rows if len(row.get("seeds", ())) > 1}
+    if seeds:
+        notes.append(f"mean over seeds {', '.join(map(str, *seeds))} [lowest-highest]; questions of all seeds together")
     batches = sorted({row["batch"] for row in rows if row.get("batch")})
     if batches:
         notes.append(f"tokens/s: decoding, all {', '.join(map(str, batches))} rows of the batch together; KL in nats")

@@ -22,11 +22,14 @@ import numpy as np
 
 from infer.evaluate import metrics
 from infer.evaluate.tasks import TASKS, Context, encode_context, load_samples, make_samples
-from infer.prefill import new_state
+from infer.prefill import new_state, read
+from infer.replay import repeat_prompt
 from jaxkv import decoder
 from jaxkv.cache import compress, decode, extend
-from jaxkv.cache.budgets import Plan, parse_budget, plan, slot_grid
-from jaxkv.policies import Full, Policy, make_policy
+from jaxkv.cache.budgets import Plan, parse_budget, plan
+from jaxkv.cache.state import wants_balance
+from jaxkv.policies import Full, Policy
+from jaxkv.presets import Preset, make_preset
 
 COMPRESS_THEN_ASK = "compress then ask"  # the cache shrinks before the question is known
 ASK_WITH_CONTEXT = "ask with context"  # the question is read before the cache shrinks
@@ -40,12 +43,12 @@ Progress = Callable[[int, int, str], None]
 class _Case:
     """A row to measure. budget None: the full cache."""
 
-    policy: Policy
+    preset: Preset
     budget: str | None
 
     @property
     def label(self) -> str:
-        return f"{self.policy.name} {self.budget or '100%'}"
+        return f"{self.preset.name} {self.budget or '100%'}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +76,12 @@ def evaluate(
     lm: Any,
     *,
     text: str,
-    caches: Sequence[str | Policy],
+    caches: Sequence[str | Policy | Preset],
     budgets: Sequence[str],
     tasks: Sequence[str],
     context: int,
     next_tokens: int,
+    scored: int | None = None,
     excerpts: int,
     samples: int | None,
     samples_file: str | os.PathLike[str] | None = None,
@@ -97,14 +101,15 @@ def evaluate(
       caches: names of policies, or policies; `full` gives one row, whatever the budgets. budgets: as `jaxkv` spells
         them ("25%", "512", "8MiB"), of context plus what follows.
       tasks: names of `TASKS`; samples: questions per task; None or 0: no questions. samples_file: these instead.
-      context, next_tokens: in tokens. excerpts: how many, at least 0 (no language modelling).
+      context, next_tokens: in tokens. scored: so many of the next tokens, the last ones, count; None = all. excerpts: how
+        many, at least 0 (no language modelling).
       protocol: "compress then ask" (the cache shrinks before the question is known), or "ask with context" (it shrinks
         after the question and the answer's prefix but for the prefix's last token; the question continues the prefilled
         context).
       progress: called with (steps done, steps, what was done).
     Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (0 to 1), bytes (allocated
       for one row of context plus what follows), tokens (the largest limit of a layer), kl_mean, kl_interval (95 %, over
-      excerpts), kl_p99, top1, bits_per_byte, tokens_per_second (all rows of the batch), batch, accuracy (task ->
+      excerpts), kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the batch), batch, accuracy (task ->
       share), accuracy_interval, asked (task -> number), protocol, note. What was not measured is None or empty.
     Raises: ValueError for bad arguments, before anything runs.
     """
@@ -114,6 +119,8 @@ def evaluate(
     for name, value, least in (("context", context, 1), ("next_tokens", next_tokens, 1), ("excerpts", excerpts, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if scored is not None and not 1 <= scored <= next_tokens:
+        raise ValueError(f"scored must be from 1 to {next_tokens}, the next tokens, got {scored}")
     if samples is not None and samples < 0:
         raise ValueError(f"samples must not be negative, got {samples}")
     contexts = _contexts(lm, text, tasks, context, samples, samples_file, seed)
@@ -132,21 +139,24 @@ def evaluate(
     price = functools.partial(plan, lm.config, dtype=dtype)
     # All plans are made first: a budget that is impossible must be refused before the minutes of work, not after.
     spans = [context + reserve] * max(excerpts, 0 if contexts else 1)
-    text_plans = [price(case.policy, case.budget, lengths=spans) for case in cases] if spans else None
+    text_plans = [price(case.preset, case.budget, lengths=spans) for case in cases] if spans else None
     lengths = [len(prompt) + reserve for prompt in prompts]
-    task_plans = [price(case.policy, case.budget, lengths=lengths) for case in cases] if prompts else None
+    task_plans = [price(case.preset, case.budget, lengths=lengths) for case in cases] if prompts else None
     steps = _Steps(progress, (1 + len(cases)) * (bool(excerpts) + len(contexts)))
-    observe = tuple(dict.fromkeys(case.policy for case in cases if case.policy.needs_attention))
+    policies = [case.preset.policy for case in cases]
+    observe = tuple(dict.fromkeys(policy.watcher for policy in policies if policy.needs_attention))
 
+    balance = any(wants_balance(layer) for planned in (text_plans or task_plans) for layer in planned.spec)
     rows = []
     for case, planned in zip(cases, text_plans or task_plans, strict=True):
         rows.append(_row(case, planned, protocol))
     if excerpts:
-        measured = _language(lm, cases, text_plans, tokens, context, spans, observe, price, steps)
+        scored = scored or next_tokens
+        measured = _language(lm, cases, text_plans, tokens, context, spans, observe, balance, price, scored, steps)
         for row, values in zip(rows, measured, strict=True):
             row.update(values)
     if contexts:
-        full = price(Full(observe=observe), None, lengths=lengths)
+        full = price(Full(observe=observe, balance=balance), None, lengths=lengths)
         scores = _questions(lm, cases, task_plans, prompts, questions, lengths, full, protocol, steps)
         for row, score in zip(rows, scores, strict=True):
             _add_accuracy(row, score)
@@ -159,19 +169,22 @@ def _cases(caches, budgets) -> list[_Case]:
     cases = []
     for budget in budgets:
         parse_budget(budget)
-    for policy in map(make_policy, caches):
-        if isinstance(policy, Full):  # it has one size; a smaller one would not be full
-            cases.append(_Case(policy=Full(), budget=None))
+    for preset in map(make_preset, caches):
+        if isinstance(preset.policy, Full):  # it has one size; a smaller one would not be full
+            cases.append(_Case(preset=make_preset("full"), budget=None))
         elif not budgets:
-            raise ValueError(f"cache {policy.name!r} needs a budget, such as '25%'")
+            raise ValueError(f"cache {preset.name!r} needs a budget, such as '25%'")
         else:
-            cases += [_Case(policy=policy, budget=str(budget)) for budget in budgets]
+            cases += [_Case(preset=preset, budget=str(budget)) for budget in budgets]
     if len(set(cases)) != len(cases):
         raise ValueError(f"caches or budgets are repeated: {[case.label for case in cases]}")
-    names = {}
-    for case in cases:
-        if names.setdefault(case.policy.name, case.policy) != case.policy:
-            raise ValueError(f"two different policies are named {case.policy.name!r}; evaluate them in two runs")
+    names, watched = {}, {}
+    for preset in (case.preset for case in cases):
+        policy = preset.policy
+        if names.setdefault(preset.name, preset) != preset:
+            raise ValueError(f"two different caches are named {preset.name!r}; evaluate them in two runs")
+        if watched.setdefault(policy.name, policy.watcher) != policy.watcher:
+            raise ValueError(f"two different policies are named {policy.name!r}; evaluate them in two runs")
     return cases
 
 
@@ -216,15 +229,16 @@ def _excerpts(lm, text, size, count, seed) -> np.ndarray:
 
 def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
     return {
-        "cache": case.policy.name,
+        "cache": case.preset.name,
         "budget": case.budget or "100%",
         "share": float(planned.share),
         "bytes": int(planned.bytes_per_row),
-        "tokens": int(planned.limits.max()),
+        "tokens": int(planned.limits.sum(axis=1).max()),
         "kl_mean": None,
         "kl_interval": None,
         "kl_p99": None,
         "top1": None,
+        "perplexity": None,
         "bits_per_byte": None,
         "tokens_per_second": None,
         "batch": None,
@@ -236,20 +250,20 @@ def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
     }
 
 
-def _language(lm, cases, plans, tokens, context, spans, observe, price, steps) -> list[dict[str, Any]]:
+def _language(lm, cases, plans, tokens, context, spans, observe, balance, price, scored, steps) -> list[dict[str, Any]]:
     """Teacher-forced decoding of what follows each excerpt's context, under every case."""
-    full = price(Full(observe=observe), None, lengths=spans)
+    full = price(Full(observe=observe, balance=balance), None, lengths=spans)
     prompt, given, targets = tokens[:, :context], tokens[:, context:-1], tokens[:, context + 1 :]
     sizes = [len(piece) for piece in lm.tokenizer.token_bytes()]
-    byte_count = sum(sizes[token] for token in targets.ravel())
+    byte_count = sum(sizes[token] for token in targets[:, -scored:].ravel())
     state = new_state(lm.config, full, spans)
-    _, state = extend(lm.params, jnp.asarray(prompt), state, config=lm.config)
+    _, state = read(lm.params, prompt.tolist(), state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
     jax.block_until_ready(state)
     steps("excerpts read")
     given, targets = jnp.asarray(given.T), jnp.asarray(targets.T)  # [N, B]
 
-    def run(policy: Policy, planned: Plan):
-        small = compress(state, policy, slots=planned.slots, limits=planned.limits[:, 0])
+    def run(planned: Plan):
+        small = compress(state, planned.spec, limits=planned.limits)
         loop = _forced.lower(lm.params, given, small, config=lm.config).compile()
         jax.block_until_ready(small)
         begin = time.perf_counter()
@@ -257,17 +271,19 @@ def _language(lm, cases, plans, tokens, context, spans, observe, price, steps) -
         jax.block_until_ready(small)
         return hidden, given.size / (time.perf_counter() - begin)
 
-    reference = run(Full(), price(Full(), None, lengths=spans))
+    reference = run(price(Full(), None, lengths=spans))
     measured = []
     for case, planned in zip(cases, plans, strict=True):
-        hidden, speed = reference if isinstance(case.policy, Full) else run(case.policy, planned)
+        hidden, speed = reference if isinstance(case.preset.policy, Full) else run(planned)
         kl, same, nll = map(np.asarray, _compare(lm.params, reference[0], hidden, targets, config=lm.config))
+        kl, same, nll = kl[-scored:], same[-scored:], nll[-scored:]
         _, interval = metrics.mean_interval(kl.mean(axis=0))  # tokens of one excerpt are not independent
         measured.append({
             "kl_mean": float(kl.mean(dtype=np.float64)),
             "kl_interval": None if interval is None else list(interval),
             "kl_p99": float(np.quantile(kl, 0.99)),
             "top1": float(same.mean()),
+            "perplexity": float(np.exp(nll.mean(dtype=np.float64))),
             "bits_per_byte": metrics.bits_per_byte(nll, byte_count) if byte_count else None,
             "tokens_per_second": speed,
             "batch": int(tokens.shape[0]),
@@ -313,11 +329,11 @@ def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, st
     scores: list[dict[str, list[bool]]] = [{} for _ in cases]
     for index, (prompt, group, length) in enumerate(zip(prompts, questions, lengths, strict=True)):
         state = new_state(lm.config, full, [length], row=index)
-        _, state = _extend_padded(lm, prompt, slot_grid(len(prompt)), state)
+        _, state = read(lm.params, [prompt], state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
         jax.block_until_ready(state)
         steps(f"context {index + 1} of {len(prompts)} read")
         shrink = lambda state, k, index=index: compress(
-            state, cases[k].policy, slots=plans[k].slots, limits=plans[k].limits[:, 0, index : index + 1]
+            state, plans[k].spec, limits=plans[k].limits[:, :, index : index + 1]
         )
         if protocol == ASK_WITH_CONTEXT:
             for q in group:

@@ -9,10 +9,12 @@ from jaxkv.cache.attend import attend_decode, attend_extend, make_context
 from jaxkv.cache.compress import compress
 from jaxkv.cache.edit import concat, drop
 from jaxkv.cache.extend import decode, extend, forward
+from jaxkv.cache.files import StateFileError, fingerprint, pack_state, unpack_state
 from jaxkv.cache.insert import insert
 from jaxkv.cache.state import empty_state, live_count, live_slots, tier_keys, tier_values
 
 __all__ = [
+    "StateFileError",
     "attend_decode",
     "attend_extend",
     "compress",
@@ -21,11 +23,14 @@ __all__ = [
     "drop",
     "empty_state",
     "extend",
+    "fingerprint",
     "forward",
     "insert",
     "live_count",
     "live_slots",
     "make_context",
+    "pack_state",
     "tier_keys",
     "tier_values",
+    "unpack_state",
 ]

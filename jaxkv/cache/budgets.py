@@ -1,13 +1,16 @@
 """From what a user asks for ("20%", "64MiB", 1024) to the shape of a cache, and what it takes.
 
-A share counts an unquantized entry at 16 bits, whether the computation runs in bfloat16 or float32, and keys and values
-only: "20%" keeps a fifth of the tokens. `bytes_per_row` counts all that is allocated, at its real width: keys, values,
-positions and what the policy keeps.
+"20%" is a fifth of the bytes that the keys and values of a full bfloat16 cache of this length take, whatever the
+computation's own precision. All that a cache allocates counts against it: codes, factors, positions, what the policy
+keeps per slot and per row. Slots come in steps of 8 (a tier that is cut) or of `slot_grid` (one that holds everything),
+so a cache may take a little less than it was given, never more.
 """
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -15,8 +18,10 @@ import numpy as np
 from jaxkv.cache.state import empty_state
 from jaxkv.config import DecoderConfig
 from jaxkv.policies import Full, Policy
+from jaxkv.presets import COMPUTE, Part, Preset, make_preset, one_tier
 from jaxkv.types import LayerSpec, TierSpec
 
+STEP = 8  # slots
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SCHEME = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -34,25 +39,30 @@ class Budget:
 class Plan:
     """The shape of a cache and its price.
 
-    spec: a LayerSpec per layer. limits: int [L, 1, B]. slots: per layer. bytes_per_row: allocated for one row.
-    share: kept keys and values over those of a full cache of this length, both at 16 bits; the longest row's.
-    note: what was adjusted, or "".
+    preset: what was planned. spec: a LayerSpec per layer. limits: int [L, tiers, B]. bytes_per_row: allocated for one row.
+    share: of the bytes of a full bfloat16 cache of the longest row's length; at most 1, which is also what the full cache
+    in float32 says. note: what was adjusted, or "".
     """
 
+    preset: Preset
     spec: tuple[LayerSpec, ...]
     limits: np.ndarray
-    slots: list[int]
     bytes_per_row: int
     share: float
     note: str
 
     def describe(self) -> str:
-        """One line for people: bytes, tokens and share."""
-        low, high = int(self.limits.min()), int(self.limits.max())
+        """One line for people: bytes, tokens, tiers and share."""
+        held = self.limits.sum(axis=1)
+        low, high = int(held.min()), int(held.max())
         tokens = str(high) if low == high else f"{low} to {high}"
+        stored = ", ".join(
+            f"{self.limits[:, number].max()} {'/'.join(dict.fromkeys(tier.scheme))}"
+            for number, tier in enumerate(self.spec[0].tiers)
+        )
         line = (
-            f"{self.spec[0].policy.name} cache: {format_bytes(self.bytes_per_row)} per sequence, {tokens} tokens per"
-            f" kv head and layer ({self.share:.1%} of the keys and values of a full cache at equal width)"
+            f"{self.preset.name} cache: {format_bytes(self.bytes_per_row)} per sequence, {tokens} tokens per kv head and"
+            f" layer ({stored}), {self.share:.1%} of a full bfloat16 cache"
         )
         return f"{line}; {self.note}" if self.note else line
 
@@ -99,104 +109,172 @@ def parse_budget(budget: int | float | str | None) -> Budget:
 def slot_grid(tokens: int) -> int:
     """The next allocation size: multiples of 32 up to 512, then of an eighth of the power of two below."""
     step = 32 if tokens <= 512 else 2 ** (int(math.log2(tokens - 1)) - 3)
-    return -(-tokens // step) * step
+    return max(32, -(-tokens // step) * step)
+
+
+def fine_grid(tokens: int) -> int:
+    """The next size of a tier that is cut to a budget: multiples of 8 up to 512, then of a 64th of the power of two below."""
+    step = STEP if tokens <= 512 else 2 ** (int(math.log2(tokens - 1)) - 6)
+    return max(STEP, -(-tokens // step) * step)
 
 
 def plan(
-    config: DecoderConfig, policy: Policy, budget, *, lengths: list[int], dtype: str, layer_weights=None
+    config: DecoderConfig, cache: str | Policy | Preset, budget, *, lengths: list[int], dtype: str, layer_weights=None
 ) -> Plan:  # fmt: skip
     """The cache of one layer after another for rows of these planned total lengths (prompt plus new tokens).
 
-    Args: layer_weights: None (uniform), or a number > 0 per layer: a layer gets budget * weight / mean(weights), at
-      most the length of the row and its own window; what it cannot use is not given to others.
+    Args:
+      cache: a preset, its name, or a policy.
+      layer_weights: None (the preset's own), or a number > 0 per layer: a layer gets budget * weight / mean(weights), at
+        most the length of the row and its own window; what it cannot use is not given to others.
     Raises: ValueError for a budget that cannot hold the protected tokens, with the least that can; for `full` with less
       than everything; for weights that do not fit the model.
     """
-    asked = parse_budget(budget)
-    longest, note = max(lengths), ""
-    weights = _relative(layer_weights, config.num_layers)
-    build = lambda wanted: _build(config, policy, wanted, lengths, dtype, weights)
-    if asked.kind == "share":
-        wanted = [max(1, math.ceil(asked.amount * n)) for n in lengths]
-        small = [n for n in wanted if n < policy.least_budget]
-        if small and asked.amount < 1:
-            wanted = [max(n, min(policy.least_budget, longest)) for n in wanted]
-            note = f"raised from {min(small)} to {policy.least_budget} tokens, the least that holds the protected ones"
-    elif asked.kind == "tokens":
-        wanted = [int(asked.amount)] * len(lengths)
+    asked, longest = parse_budget(budget), max(lengths)
+    parts_of = {"tokens": longest, "bytes": full_bytes(config, longest), "share": 1.0}[asked.kind]
+    preset = make_preset(cache).at(asked.amount / parts_of)
+    funnel = np.linspace(preset.funnel, 1.0, config.num_layers).tolist()
+    weights = _relative(funnel if layer_weights is None else layer_weights, config.num_layers)
+    least = preset.policy.least_budget
+    layout = functools.partial(
+        _Layout, config=config, policy=preset.policy, dtype=dtype, positions="int16" if longest < 2**15 else "int32"
+    )
+    whole = layout(parts=one_tier(COMPUTE) if preset.exact else preset.parts, grid=slot_grid, weights=None, floor=0)
+    cut = layout(parts=preset.parts, grid=fine_grid, weights=weights, floor=least if layer_weights is None else 0)
+    if asked.kind == "tokens" or asked.amount == 1 and asked.kind == "share":
+        most, room = (int(asked.amount) if asked.kind == "tokens" else longest), [math.inf] * len(lengths)
     else:
-        wanted = [_tokens_in(config, policy, asked.amount, longest, dtype, asked.text, weights)] * len(lengths)
-    if asked.kind != "share" and min(wanted) < policy.least_budget and min(wanted) < longest:
-        raise ValueError(
-            f"budget {asked.text} gives {min(wanted)} tokens per kv head and layer, less than the {policy.least_budget}"
-            f" that {policy.name!r} protects ({policy.recent} newest, {policy.sinks} first); the least is"
-            f" {policy.least_budget} tokens or {build([policy.least_budget])[1]} bytes"
-        )
-    if all(w >= n for w, n in zip(wanted, lengths, strict=True)):
-        if asked.kind != "share":
-            note = f"budget {asked.text} holds all {longest} tokens, so nothing is evicted"
-        wanted, weights = list(lengths), [1.0] * config.num_layers
-    elif isinstance(policy, Full):
+        most, room = longest, [
+            asked.amount * (full_bytes(config, n) if asked.kind == "share" else 1) for n in lengths
+        ]  # fmt: skip
+    if all(most >= n and whole.bytes(whole.limits(n, n)) <= b for n, b in zip(lengths, room, strict=True)):
+        note = f"budget {asked.text} holds all {longest} tokens, so nothing is evicted" if asked.kind != "share" else ""
+        return _plan(preset, whole, [whole.limits(n, n) for n in lengths], longest, note)
+    if isinstance(preset.policy, Full):
         raise ValueError(
             f"the full cache of {longest} tokens does not fit budget {asked.text}; leave the budget out, or choose an"
             " evicting policy"
         )
-    elif layer_weights is not None:
-        thin = min(range(config.num_layers), key=lambda index: weights[index])
-        if min(_tokens_of(w, n, weights[thin]) for w, n in zip(wanted, lengths, strict=True)) < policy.least_budget:
-            raise ValueError(
-                f"budget {asked.text} with these layer_weights gives layer {thin} fewer than the {policy.least_budget}"
-                f" tokens that {policy.name!r} protects; give it more weight or the cache a larger budget"
-            )
-    spec, size, limits = build(wanted)
-    kept = limits[:, 0, lengths.index(longest)].sum()
-    full = sum(longest if c.window is None else min(longest, c.window) for c in config.layers)
+    kept = [cut.most(min(most, n), n, b) for n, b in zip(lengths, room, strict=True)]
+    thin = [k < min(least, n) for k, n in zip(kept, lengths, strict=True)]
+    note = ""
+    if any(thin) and asked.kind == "share":
+        note = f"raised from {min(kept)} to {least} tokens, the least that holds the protected ones"
+        kept = [max(k, min(least, n)) for k, n in zip(kept, lengths, strict=True)]
+    elif any(thin):
+        raise ValueError(
+            f"budget {asked.text} gives {min(kept)} tokens per kv head and layer, less than the {least} that"
+            f" {preset.policy.name!r} protects ({preset.policy.recent} newest, {preset.policy.sinks} first); the least is"
+            f" {least} tokens or {cut.bytes(cut.limits(least, least))} bytes"
+        )
+    limits = [cut.limits(k, n) for k, n in zip(kept, lengths, strict=True)]
+    if layer_weights is not None and min(x.sum(axis=1).min() for x in limits) < least:
+        thinnest = min(range(config.num_layers), key=lambda index: weights[index])
+        raise ValueError(
+            f"budget {asked.text} with these layer_weights gives layer {thinnest} fewer than the {least} tokens that"
+            f" {preset.policy.name!r} protects; give it more weight or the cache a larger budget"
+        )
+    return _plan(preset, cut, limits, longest, note)
+
+
+def _plan(preset, layout, limits, longest, note) -> Plan:
+    spec = layout.spec(layout.slots(np.max(limits, axis=0)))
+    size = state_bytes(layout.config, spec)
     return Plan(
-        spec=spec, limits=limits, slots=[s.tiers[0].slots for s in spec], bytes_per_row=size,
-        share=float(min(1.0, kept / full)), note=note,
+        preset=preset, spec=spec, limits=np.stack(limits, axis=-1).astype(np.int32), bytes_per_row=size,
+        share=float(min(1.0, size / full_bytes(layout.config, longest))), note=note,
     )  # fmt: skip
+
+
+def full_bytes(config: DecoderConfig, length: int) -> int:
+    """What "100%" means: the keys and values of one row of this length in a full bfloat16 cache."""
+    held = sum(length if layer.window is None else min(length, layer.window) for layer in config.layers)
+    return held * config.num_kv_heads * config.head_dim * 2 * 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How many places the tiers get in each layer, and what they cost. Arrays are [L, tiers].
+
+    positions: dtype, as narrow as the longest row allows. weights: of the layers, None = each holds its whole row. floor:
+    tokens that every layer gets if it was to get any.
+    """
+
+    config: DecoderConfig
+    policy: Policy
+    dtype: str
+    positions: str
+    parts: tuple[Part, ...]
+    grid: Callable[[int], int]
+    weights: list[float] | None
+    floor: int
+
+    def limits(self, tokens: int, length: int) -> np.ndarray:
+        """Places when a layer of weight 1 keeps `tokens` of `length`."""
+        rows = []
+        for index, kind in enumerate(self.config.layers):
+            weight = 1.0 if self.weights is None else self.weights[index]
+            wanted = tokens if weight == 1.0 else max(1, int(tokens * weight), min(self.floor, tokens))
+            rows.append(_split(self.parts, min(wanted, length, length if kind.window is None else kind.window)))
+        return np.asarray(rows)
+
+    def slots(self, limits: np.ndarray) -> np.ndarray:
+        """Allocated for these places."""
+        return np.vectorize(self.grid)(limits)
+
+    def spec(self, slots: np.ndarray) -> tuple[LayerSpec, ...]:
+        """The shape of these slots."""
+        stored = lambda name: SCHEME[self.dtype] if name == COMPUTE else name
+        schemes = [(stored(part.keys), stored(part.values)) for part in self.parts]
+        tiers = lambda row: tuple(
+            TierSpec(slots=n, scheme=s, positions=self.positions) for n, s in zip(row, schemes, strict=True)
+        )
+        return tuple(LayerSpec(policy=self.policy, tiers=tiers(row)) for row in slots.tolist())
+
+    @functools.cached_property
+    def _costs(self) -> tuple[int, np.ndarray]:
+        """Bytes of a state without slots, and of one slot of each tier in one layer."""
+        one = dataclasses.replace(self.config, layers=self.config.layers[:1])
+        size = lambda row: state_bytes(one, self.spec(row[None]))
+        base = np.full(len(self.parts), STEP)
+        per_slot = np.asarray([(size(base + STEP * e) - size(base)) // STEP for e in np.eye(len(base), dtype=int)])
+        count = self.config.num_layers
+        everything = state_bytes(self.config, self.spec(np.tile(base, (count, 1))))
+        return everything - int(STEP * count * per_slot.sum()), per_slot
+
+    def bytes(self, limits: np.ndarray) -> int:
+        """Of one row with these places."""
+        fixed, per_slot = self._costs
+        return fixed + int((self.slots(limits) * per_slot).sum())
+
+    def most(self, upto: int, length: int, budget: float) -> int:
+        """The most tokens whose bytes stay within the budget."""
+        low, high = 0, upto
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.bytes(self.limits(middle, length)) <= budget else (low, middle - 1)
+        return low
+
+
+def _split(parts: tuple[Part, ...], tokens: int) -> list[int]:
+    """Places per tier for so many tokens: the fixed parts first, the rest by shares, in steps; the last takes what is left."""
+    fixed, left = [], tokens
+    for part in parts:
+        fixed.append(min(part.slots or 0, left))
+        left -= fixed[-1]
+    shares = [part.share for part in parts]
+    last = max(index for index, share in enumerate(shares) if share)
+    places = [int(share * left) // STEP * STEP if index != last else 0 for index, share in enumerate(shares)]
+    places[last] = left - sum(places)
+    return [a + b for a, b in zip(fixed, places, strict=True)]
 
 
 def _relative(layer_weights, layers: int) -> list[float]:
     """Weights over their mean."""
-    if layer_weights is None:
-        return [1.0] * layers
     weights = [float(w) for w in layer_weights]
     if len(weights) != layers or not all(0 < w < math.inf for w in weights):
         raise ValueError(f"layer_weights must be {layers} numbers > 0, one per layer, got {weights}")
     return [w * layers / sum(weights) for w in weights]
-
-
-def _tokens_of(wanted: int, length: int, weight: float) -> int:
-    """What a layer of this weight gets of `wanted` tokens; a uniform layer keeps exactly what was asked for."""
-    return wanted if weight == 1.0 else max(1, min(length, int(wanted * weight)))
-
-
-def _build(config, policy, wanted, lengths, dtype, weights):
-    scheme = (SCHEME[dtype], SCHEME[dtype])
-    spec, limits = [], []
-    for layer, weight in zip(config.layers, weights, strict=True):
-        cap = [_tokens_of(w, n, weight) for w, n in zip(wanted, lengths, strict=False)]
-        cap = [w if layer.window is None else min(w, layer.window) for w in cap]
-        size = slot_grid(max(cap))
-        size = size if layer.window is None else min(size, slot_grid(layer.window))
-        spec.append(LayerSpec(policy=policy, tiers=(TierSpec(slots=size, scheme=scheme),)))
-        limits.append([cap])
-    spec = tuple(spec)
-    return spec, state_bytes(config, spec), np.asarray(limits, np.int32)
-
-
-def _tokens_in(config, policy, budget, longest, dtype, text, weights):
-    """The largest allocation size whose bytes stay within the budget, by bisection over the grid."""
-    low, high = 0, max(1, longest)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = _build(config, policy, [middle], [longest], dtype, weights)[1] <= budget
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if low == 0:
-        least = _build(config, policy, [policy.least_budget], [1], dtype, weights)[1]
-        raise ValueError(f"budget {text} holds not one slot; the least for {policy.name!r} is {least} bytes")
-    return low
 
 
 def state_bytes(config: DecoderConfig, spec: tuple[LayerSpec, ...]) -> int:

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.cache.state import EMPTY, tier_keys
+from jaxkv.cache.state import EMPTY, encode_keys, live_slots, plain_entries, positions_of
 from jaxkv.config import DecoderConfig
 from jaxkv.quantization import get_scheme
 from jaxkv.rope import angles, rotate
-from jaxkv.types import Array, Encoded, LayerState, State, Tier
+from jaxkv.types import Array, Encoded, State, Tier
 
 
 def drop(state: State, *, start: Array, stop: Array) -> State:
@@ -22,7 +22,7 @@ def drop(state: State, *, start: Array, stop: Array) -> State:
     """
 
     def forget(tier, offset):
-        at = tier.positions + offset[:, None, None]
+        at = positions_of(tier) + offset[:, None, None]
         inside = (at >= start[:, None, None]) & (at < stop[:, None, None])
         return dataclasses.replace(tier, positions=jnp.where(inside, EMPTY, tier.positions))
 
@@ -36,16 +36,16 @@ def drop(state: State, *, start: Array, stop: Array) -> State:
 def concat(first: State, second: State, *, config: DecoderConfig) -> State:
     """`second` behind `first` in one state, its positions shifted by what `first` holds, its keys turned along.
 
-    Both must have one tier per layer, of the same scheme and policy, and the same RoPE frequencies. The tier of the
-    result has the slots and limits of both; in a sliding-window layer the limit is at most the window, and what the next
-    token cannot see is empty. The tokens of `second` have not seen those of `first`.
-    Raises: ValueError for states that do not match; frequencies are compared outside jit only.
+    Both must have the same tiers and policy, the same RoPE frequencies and the same balance. Each tier of the result has
+    the slots and limits of both; in a sliding-window layer the limit is at most the window, and what the next token cannot
+    see is empty. Keys of `second` are encoded once more. The tokens of `second` have not seen those of `first`.
+    Raises: ValueError for states that do not match; frequencies and balances are compared outside jit only.
     """
     for name, a, b in (
         ("rows", first.next_position.shape, second.next_position.shape),
         ("layers", len(first.layers), len(second.layers)),
         ("policies", [x.policy for x in first.layers], [x.policy for x in second.layers]),
-        ("tiers", [len(x.tiers) for x in first.layers], [1] * len(second.layers)),
+        ("tiers", [len(x.tiers) for x in first.layers], [len(x.tiers) for x in second.layers]),
         (
             "schemes",
             [t.scheme for x in first.layers for t in x.tiers],
@@ -63,19 +63,28 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
                 f"concat of states with different RoPE frequencies ({kind.kind}): they depend on the length that a state"
                 " is made for; make both with the same `lengths`"
             )
+    for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        if a.balance is not None and not isinstance(a.balance, jax.core.Tracer) and (a.balance != b.balance).any():
+            raise ValueError(
+                f"concat of states whose balances differ (layer {index}): each was found at its own prompt; use schemes"
+                " that are not balanced"
+            )
     shift = first.next_position
     newest = shift + second.next_position - 1
     layers = []
     for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
         rotary = second.rotary[config.ropes.index(config.layers[index].rope)]
-        tier = _join(a.tiers[0], b.tiers[0], shift + second.offsets[0] - first.offsets[0], rotary)
-        window = config.layers[index].window
-        if window is not None:
-            gone = (newest + 1 - first.offsets[0])[:, None, None] - tier.positions >= window
-            tier = dataclasses.replace(
-                tier, positions=jnp.where(gone, EMPTY, tier.positions), limit=jnp.minimum(tier.limit, window)
-            )
-        layers.append(LayerState(tiers=(tier,), row=a.row, policy=a.policy))
+        window, tiers = config.layers[index].window, []
+        for number, (mine, theirs) in enumerate(zip(a.tiers, b.tiers, strict=True)):
+            start = first.offsets[number]
+            tier = _join(mine, theirs, shift + second.offsets[number] - start, rotary, a.balance)
+            if window is not None:
+                gone = (newest + 1 - start)[:, None, None] - positions_of(tier) >= window
+                tier = dataclasses.replace(
+                    tier, positions=jnp.where(gone, EMPTY, tier.positions), limit=jnp.minimum(tier.limit, window)
+                )
+            tiers.append(tier)
+        layers.append(dataclasses.replace(a, tiers=tuple(tiers)))
     return State(
         layers=tuple(layers),
         offsets=first.offsets,
@@ -84,18 +93,23 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
     )
 
 
-def _join(a: Tier, b: Tier, shift: Array, rotary) -> Tier:
+def _join(a: Tier, b: Tier, shift: Array, rotary, balance) -> Tier:
+    """Both tiers in one; keys of the second are turned, and therefore encoded again."""
     turn = dataclasses.replace(rotary, scale=jnp.ones_like(rotary.scale))
     cos, sin = angles(turn, shift[:, None])
-    scheme, keys = get_scheme(b.scheme[0]), tier_keys(b)
-    batch, heads, size, slots = keys.shape
-    keys = jnp.swapaxes(keys, 2, 3).reshape(batch, 1, heads * slots, size)
-    keys = scheme.encode(rotate(keys, cos, sin).reshape(batch, heads, slots, size)).codes
+    keys, _ = plain_entries(b, balance)
+    flat = keys.reshape(keys.shape[0], 1, -1, keys.shape[-1])
+    turned = encode_keys(b.scheme[0], rotate(flat, cos, sin).reshape(keys.shape), balance)
     both = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
+    minor = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), turned)
+    values_axis = 3 if get_scheme(b.scheme[1]).slots_minor else 2
     return Tier(
-        keys=Encoded(codes=both(a.keys.codes, jnp.swapaxes(keys, 2, 3), 3)),
-        values=Encoded(codes=both(a.values.codes, b.values.codes, 2)),
-        positions=both(a.positions, jnp.where(b.positions >= 0, b.positions + shift[:, None, None], EMPTY), 2),
+        keys=jax.tree.map(lambda x, y: both(x, y, 3), a.keys, minor),
+        values=Encoded(
+            codes=both(a.values.codes, b.values.codes, values_axis),
+            factors=tuple(both(x, y, 3) for x, y in zip(a.values.factors, b.values.factors, strict=True)),
+        ),
+        positions=both(positions_of(a), jnp.where(live_slots(b), positions_of(b) + shift[:, None, None], EMPTY), 2),
         slots=jax.tree.map(lambda x, y: both(x, y, 2), a.slots, b.slots),
         limit=a.limit + b.limit,
         scheme=a.scheme,

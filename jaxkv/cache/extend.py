@@ -32,6 +32,7 @@ def extend(
     candidates: Array | None = None,
     visibility: str = "causal",
     segments: Array | None = None,
+    replay: Array | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Array, State]:
     """Runs T new tokens through the model on top of `state`, and stores the candidates among them.
@@ -46,6 +47,9 @@ def extend(
       candidates: [B, T] bool, default all: tokens that may be stored; others look without being remembered.
       visibility: "causal" or "bidirectional", further cut by each layer's sliding window.
       segments: [B, T] int32: tokens see their own segment, and -1 sees and is seen by all. None: one segment.
+      replay: [B, T] int32, default all 0: n > 0 is the n-th token of a passage that only looks at what precedes it, for
+        policies that learn from that (KVzip): it is not stored, stands at the n-th position behind the row's last token,
+        and the row's next token takes no notice of it. Passages behind one another are kept apart by `segments`.
       progress: called with (layers done, layers) from the Python loop.
     Returns: hidden [B, T, D] before the head, after the final norm (`jaxkv.decoder.logits` makes logits); the state.
     Raises: ValueError for shapes that disagree, an unknown visibility, or a `full` state without room (outside jit).
@@ -58,14 +62,15 @@ def extend(
     everything = jnp.ones((batch, length), bool)
     valid = everything if valid is None else valid
     candidates = everything if candidates is None else candidates
-    for name, array in (("valid", valid), ("candidates", candidates), ("segments", segments)):
+    for name, array in (("valid", valid), ("candidates", candidates), ("segments", segments), ("replay", replay)):
         if array is not None and array.shape != (batch, length):
             raise ValueError(f"{name} must be [B, T] = {(batch, length)}, got {array.shape}")
-    _refuse_overflow(state, valid & candidates, config)
+    _refuse_overflow(state, valid & candidates if replay is None else valid & candidates & (replay == 0), config)
     outer = {name: params[name] for name in ("embedder", "head") if name in params}
     x, context = _begin(
-        outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments, config=config
-    )
+        outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments, replay,
+        config=config,
+    )  # fmt: skip
     fresh = _is_fresh(state)
     layers = []
     for index, layer in enumerate(state.layers):
@@ -137,10 +142,10 @@ def _by_tokens(function, x: Array, size: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, segments, *, config):
+def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, segments, replay, *, config):
     x = decoder.embed(params, tokens, config=config)
     state = State(layers=(), offsets=offsets, rotary=rotary, next_position=next_position)
-    return x, make_context(state, valid, candidates, segments)
+    return x, make_context(state, valid, candidates, segments, replay)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind", "causal", "fresh"), donate_argnames=("x", "layer"))

@@ -7,12 +7,16 @@ tier after               a b x d z                                 newcomers tak
 displaced                c y                                       and go to the next tier, or nowhere
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from jaxkv.cache.state import EMPTY, live_count, live_slots, tier_keys, tier_values
+from jaxkv.cache.state import EMPTY, encode_keys, live_count, live_slots, plain_entries, positions_of
 from jaxkv.quantization import get_scheme
 from jaxkv.types import Array, Encoded, Entries, Tier
+
+SIGNALING_NAN = 0x7F800001  # arithmetic gives quiet NaNs only
 
 
 def insert(tier: Tier, entries: Entries, *, scores: tuple[Array, Array], displace: bool) -> tuple[Tier, Entries | None]:
@@ -24,11 +28,11 @@ def insert(tier: Tier, entries: Entries, *, scores: tuple[Array, Array], displac
       displace: whether the displaced are wanted.
     Returns: the tier, and the displaced as n entries, or None.
     """
-    if entries.positions.shape[-1] == 1 and not displace:
-        return _insert_one(tier, entries, scores), None
+    if entries.positions.shape[-1] == 1:
+        return _insert_one(tier, entries, scores, displace)
     slots = tier.positions.shape[-1]
     live = jnp.concatenate([live_slots(tier), entries.valid], axis=-1)
-    positions = jnp.concatenate([tier.positions, entries.positions], axis=-1)
+    positions = jnp.concatenate([positions_of(tier), entries.positions], axis=-1)
     keep = live & (_rank(live, jnp.concatenate(scores, axis=-1), positions) < tier.limit[..., None])
     kept, entering = keep[..., :slots], keep[..., slots:]
     free = jnp.cumsum(~kept, axis=-1, dtype=jnp.int32) - 1  # of slots: which free slot this is
@@ -39,6 +43,15 @@ def insert(tier: Tier, entries: Entries, *, scores: tuple[Array, Array], displac
         return grown, None
     leaving = _compact(live & ~keep)[..., : entries.positions.shape[-1]]
     return grown, _gather(tier, entries, leaving)
+
+
+def _encode(tier, side, x, balance):
+    """Keys (side 0) or values (side 1) [B, P, n, H] as the tier stores them, channels last."""
+    return encode_keys(tier.scheme[0], x, balance) if side == 0 else get_scheme(tier.scheme[1]).encode(x)
+
+
+def _slot_axis(tier, side):
+    return 3 if side == 0 or get_scheme(tier.scheme[1]).slots_minor else 2
 
 
 def _rank(live, scores, positions):
@@ -71,18 +84,18 @@ def _place(tier, entries, source, kept):
     def take(new, old, axis):
         """new [B, P, n, ...] into old, whose slots lie at `axis`."""
         index = at.reshape(at.shape + (1,) * (new.ndim - 3))
-        rows = jnp.take_along_axis(new, index, axis=2)
+        rows = jnp.take_along_axis(new, index, axis=2).astype(old.dtype)
         mask = fresh.reshape(fresh.shape + (1,) * (new.ndim - 3))
         return jnp.where(jnp.moveaxis(mask, 2, axis), jnp.moveaxis(rows, 2, axis), old)
 
-    def encoded(side, x, old, axis):
-        new = get_scheme(tier.scheme[side]).encode(x)
+    def encoded(side, x, old):
+        new, axis = _encode(tier, side, x, entries.balance), _slot_axis(tier, side)
         factors = tuple(take(f, o, 3) for f, o in zip(new.factors, old.factors, strict=True))
         return Encoded(codes=take(new.codes, old.codes, axis), factors=factors)
 
     return Tier(
-        keys=encoded(0, entries.keys, tier.keys, 3),
-        values=encoded(1, entries.values, tier.values, 2),
+        keys=encoded(0, entries.keys, tier.keys),
+        values=encoded(1, entries.values, tier.values),
         positions=take(entries.positions, jnp.where(kept, tier.positions, EMPTY), 2),
         slots=jax.tree.map(lambda new, old: take(new, old, 2), entries.slots, tier.slots),
         limit=tier.limit,
@@ -100,28 +113,46 @@ def _gather(tier, entries, index):
         both = jnp.concatenate([old.astype(new.dtype), new], axis=2)  # what was not stored stays as it was given
         return jnp.take_along_axis(both, index.reshape(index.shape + (1,) * (both.ndim - 3)), axis=2)
 
+    keys, values = plain_entries(tier, entries.balance)
     return Entries(
-        keys=pick(jnp.swapaxes(tier_keys(tier), -1, -2), entries.keys),
-        values=pick(tier_values(tier), entries.values),
+        keys=pick(keys, entries.keys),
+        values=pick(values, entries.values),
         positions=jnp.where(valid, pick(tier.positions, entries.positions), EMPTY),
         slots=jax.tree.map(pick, tier.slots, entries.slots),
         valid=valid,
+        balance=entries.balance,
     )
 
 
-def _insert_one(tier, entries, scores):
+def after(result: Array, new: Array) -> Array:
+    """`new` [B, P, 1, H] unchanged, but computed after `result` [B, P, ...].
+
+    XLA cannot see that a loop may overwrite a slot in place unless the write depends on what has read it; it would copy
+    the whole cache at every step. So the write is made to depend on a test that no result of arithmetic passes.
+    """
+    one = result.reshape(*result.shape[:2], -1)[:, :, :1, None]
+    bits = jax.lax.bitcast_convert_type(one.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits == SIGNALING_NAN, jnp.zeros_like(new), new)
+
+
+def _insert_one(tier, entries, scores, displace):
     """`insert` for n = 1: one comparison with the worst live slot and one write, in place under jit with donation."""
     slots = tier.positions.shape[-1]
     live, index = live_slots(tier), jax.lax.broadcasted_iota(jnp.int32, tier.positions.shape, 2)
     score, position = scores[1][..., 0], entries.positions[..., 0]
     least = jnp.where(live, scores[0], jnp.inf).min(axis=-1)
-    oldest = jnp.where(live & (scores[0] == least[..., None]), tier.positions, jnp.iinfo(jnp.int32).max)
+    oldest = jnp.where(live & (scores[0] == least[..., None]), positions_of(tier), jnp.iinfo(jnp.int32).max)
     age = oldest.min(axis=-1)
     worst = jnp.where(oldest == age[..., None], index, slots).min(axis=-1)
     room = live_count(tier) < tier.limit
     better = (score > least) | ((score == least) & (position > age))
     slot = jnp.where(room, jnp.where(live, slots, index).min(axis=-1), jnp.where(better, worst, slots))
     slot = jnp.where(entries.valid[..., 0] & (tier.limit > 0), slot, slots)  # past the end = nowhere
+    displaced = _displaced(tier, entries, slot, room) if displace else None
+    if displace:  # a slot must be read before it is overwritten
+        entries = dataclasses.replace(
+            entries, keys=after(displaced.keys, entries.keys), values=after(displaced.values, entries.values)
+        )
     batch, heads = slot.shape
     row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
 
@@ -131,16 +162,48 @@ def _insert_one(tier, entries, scores):
     def put_minor(old, new):  # slots at axis 3
         return old.at[row, head, :, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
 
-    def encoded(side, x, old, place):
-        new = get_scheme(tier.scheme[side]).encode(x)
+    def encoded(side, x, old):
+        new, place = _encode(tier, side, x, entries.balance), put_minor if _slot_axis(tier, side) == 3 else put
         factors = tuple(put_minor(o, f) for o, f in zip(old.factors, new.factors, strict=True))
         return Encoded(codes=place(old.codes, new.codes), factors=factors)
 
-    return Tier(
-        keys=encoded(0, entries.keys, tier.keys, put_minor),
-        values=encoded(1, entries.values, tier.values, put),
+    grown = Tier(
+        keys=encoded(0, entries.keys, tier.keys),
+        values=encoded(1, entries.values, tier.values),
         positions=put(tier.positions, entries.positions),
         slots=jax.tree.map(put, tier.slots, entries.slots),
         limit=tier.limit,
         scheme=tier.scheme,
     )
+    return grown, displaced
+
+
+def _displaced(tier, entries, slot, room):
+    """The entry that goes on: what `slot` [B, P] held, or the new one if it found no slot; nothing while there is room."""
+    at = jnp.minimum(slot, tier.positions.shape[-1] - 1)
+
+    def pick(x, axis):
+        """[B, P, ...] with slots at `axis` -> the same with one."""
+        index = at.reshape(at.shape + (1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=axis)
+
+    def encoded(side, x):
+        axis = _slot_axis(tier, side)
+        return Encoded(codes=pick(x.codes, axis), factors=tuple(pick(f, 3) for f in x.factors))
+
+    one = dataclasses.replace(
+        tier,
+        keys=encoded(0, tier.keys),
+        values=encoded(1, tier.values),
+        positions=pick(tier.positions, 2),
+        slots=jax.tree.map(lambda x: pick(x, 2), tier.slots),
+    )
+    keys, values = plain_entries(one, entries.balance)
+    old = (keys.astype(entries.keys.dtype), values.astype(entries.values.dtype), one.positions, one.slots)
+    new = (entries.keys, entries.values, entries.positions, entries.slots)
+    swapped = slot < tier.positions.shape[-1]
+    choose = lambda a, b: jnp.where(swapped.reshape(swapped.shape + (1,) * (a.ndim - 2)), a, b.astype(a.dtype))
+    keys, values, positions, slots = jax.tree.map(choose, old, new)
+    valid = entries.valid & ~room[..., None]
+    positions = jnp.where(valid, positions.astype(jnp.int32), EMPTY)
+    return dataclasses.replace(entries, keys=keys, values=values, positions=positions, slots=slots, valid=valid)

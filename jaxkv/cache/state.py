@@ -1,12 +1,17 @@
 """Making a state, and looking into a tier."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.config import DecoderConfig
+from jaxkv.policies import Full
 from jaxkv.quantization import get_scheme
+from jaxkv.quantization.balance import factor_of
+from jaxkv.quantization.base import from_bits
 from jaxkv.rope import make_rotary
-from jaxkv.types import Array, Encoded, LayerSpec, LayerState, State, Tier
+from jaxkv.types import Array, Encoded, LayerSpec, LayerState, State, Tier, TierSpec
+from pallas_kernels.decode_attention import Packed
 
 EMPTY = -1  # position of a slot that holds nothing
 
@@ -19,7 +24,8 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
       limits: int, [L, tiers, B]: slots that each row may use, at most the tier's `slots`.
       lengths: [B] int: planned total length of each row (prompt plus new tokens), which fixes RoPE kinds that depend on
         length.
-    Raises: ValueError if the shapes of spec, limits and config disagree, or for a scheme that tiers do not read.
+    Raises: ValueError if the shapes of spec, limits and config disagree, for a scheme that is unknown or does not take
+      heads of this size.
     """
     limits, lengths = np.asarray(limits), jnp.asarray(lengths, jnp.int32)
     tiers = {len(layer.tiers) for layer in spec}
@@ -33,18 +39,23 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     layers = []
     for index, layer in enumerate(spec):
         for number, tier in enumerate(layer.tiers):
-            for name in tier.scheme:
-                if get_scheme(name).factors:
-                    raise ValueError(
-                        f"layer {index}: tiers do not read the storage scheme {name!r} yet; known: f32, bf16"
-                    )
+            longest = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
+            if longest > np.iinfo(tier.positions).max:
+                raise ValueError(f"layer {index}: {tier.positions} positions do not reach {longest} tokens; use int32")
+            if get_scheme(tier.scheme[1]).balanced:
+                raise ValueError(
+                    f"layer {index}: {tier.scheme[1]!r} stores keys; values have no queries to balance with"
+                )
             if tier.slots < 1 or limits[index, number].max() > tier.slots or limits[index, number].min() < 0:
                 raise ValueError(f"layer {index}: limits {limits[index, number]} do not fit {tier.slots} slots")
+        shape = (batch, config.num_kv_heads, config.head_dim)
         built = tuple(
-            _empty_tier(config, layer.policy, tier, limits[index, number], batch)
+            empty_tier(layer.policy, tier, jnp.asarray(limits[index, number], jnp.int32), shape)
             for number, tier in enumerate(layer.tiers)
         )
-        layers.append(LayerState(tiers=built, row=layer.policy.enter_row(batch, index), policy=layer.policy))
+        balance = jnp.zeros(shape, jnp.uint16) if wants_balance(layer) else None
+        row = layer.policy.enter_row(shape, index)
+        layers.append(LayerState(tiers=built, row=row, policy=layer.policy, balance=balance))
     return State(
         layers=tuple(layers),
         offsets=tuple(jnp.zeros((batch,), jnp.int32) for _ in spec[0].tiers),
@@ -53,23 +64,35 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     )
 
 
-def _empty_tier(config, policy, tier, limit, batch):
-    heads, size = config.num_kv_heads, config.head_dim
-    shape = (batch, heads, tier.slots)
+def empty_tier(policy, spec: TierSpec, limit: Array, shape: tuple[int, int, int]) -> Tier:
+    """A tier that holds nothing. limit: [B] int32. shape: (B, P, H)."""
+    batch, heads, size = shape
+    slots = (batch, heads, spec.slots)
+    vectors = jax.ShapeDtypeStruct((*slots, size), jnp.float32)
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
 
-    def zeros(scheme, slots_minor):
-        one = get_scheme(scheme).encode(jnp.zeros((*shape, size), jnp.float32))
-        minor = lambda x: jnp.zeros_like(jnp.swapaxes(x, -1, -2) if slots_minor else x)
-        return Encoded(codes=minor(one.codes), factors=tuple(jnp.swapaxes(f, -1, -2) for f in one.factors))
+    def encoded(name, slots_minor):
+        scheme = get_scheme(name)
+        scheme.check(size)
+        one = jax.eval_shape(scheme.encode, vectors)
+        minor = lambda x: jnp.zeros((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype)
+        return Encoded(
+            codes=minor(one.codes) if slots_minor else zeros(one.codes), factors=tuple(map(minor, one.factors))
+        )
 
     return Tier(
-        keys=zeros(tier.scheme[0], True),
-        values=zeros(tier.scheme[1], False),
-        positions=jnp.full(shape, EMPTY, jnp.int32),
-        slots=policy.enter(shape),
-        limit=jnp.broadcast_to(jnp.asarray(limit, jnp.int32)[:, None], (batch, heads)),
-        scheme=tier.scheme,
+        keys=encoded(spec.scheme[0], True),
+        values=encoded(spec.scheme[1], get_scheme(spec.scheme[1]).slots_minor),
+        positions=jnp.full(slots, EMPTY, spec.positions),
+        slots=jax.tree.map(zeros, jax.eval_shape(policy.enter, vectors, vectors, policy.enter_row(shape, 0))),
+        limit=jnp.broadcast_to(limit[:, None], (batch, heads)),
+        scheme=spec.scheme,
     )
+
+
+def positions_of(tier: Tier) -> Array:
+    """Positions [B, P, S] int32, however narrow they are stored."""
+    return tier.positions.astype(jnp.int32)
 
 
 def live_slots(tier: Tier) -> Array:
@@ -83,10 +106,53 @@ def live_count(tier: Tier) -> Array:
 
 
 def tier_keys(tier: Tier) -> Array:
-    """Keys [B, P, H, S] in the dtype that the scheme reads as, rotated at `tier.positions`; dead slots hold anything."""
+    """Keys [B, P, H, S] in the basis and dtype that the scheme reads as, rotated at `tier.positions`; dead slots hold
+    anything."""
     return get_scheme(tier.scheme[0]).decode(tier.keys, -2)
 
 
 def tier_values(tier: Tier) -> Array:
-    """Values [B, P, S, H] in the dtype that the scheme reads as; dead slots hold anything finite."""
-    return get_scheme(tier.scheme[1]).decode(tier.values, -1)
+    """Values [B, P, S, H] in the basis and dtype that the scheme reads as; dead slots hold anything finite."""
+    scheme = get_scheme(tier.scheme[1])
+    return (
+        jnp.swapaxes(scheme.decode(tier.values, -2), -1, -2) if scheme.slots_minor else scheme.decode(tier.values, -1)
+    )
+
+
+def packed_keys(tier: Tier) -> Array | Packed:
+    """Keys as codes, for kernels that read those; float32 keys as they are."""
+    return _packed(tier.keys, tier.scheme[0], True)
+
+
+def packed_values(tier: Tier) -> Array | Packed:
+    """Values as codes, for kernels that read those; float32 values as they are."""
+    return _packed(tier.values, tier.scheme[1], get_scheme(tier.scheme[1]).slots_minor)
+
+
+def _packed(encoded: Encoded, name: str, slots_minor: bool) -> Array | Packed:
+    scheme = get_scheme(name)
+    if scheme.level is None:
+        return encoded.codes
+    scale, zero = (*map(from_bits, encoded.factors), None, None)[:2]
+    return Packed(encoded.codes, int(scheme.bits), scheme.level, scale, zero, slots_minor)
+
+
+def plain_entries(tier: Tier, balance: Array | None) -> tuple[Array, Array]:
+    """Keys and values [B, P, S, H] of all slots, out of their schemes' bases. balance: of the tier's layer."""
+    keys, values = (get_scheme(name) for name in tier.scheme)
+    plain = keys.out_of_basis(jnp.swapaxes(tier_keys(tier), -1, -2))
+    if keys.balanced:
+        plain = plain.astype(jnp.float32) / factor_of(balance)[:, :, None]
+    return plain, values.out_of_basis(tier_values(tier))
+
+
+def encode_keys(name: str, keys: Array, balance: Array | None) -> Encoded:
+    """Keys [B, P, n, H] as the scheme stores them, channels last."""
+    scheme = get_scheme(name)
+    return scheme.encode(keys.astype(jnp.float32) * factor_of(balance)[:, :, None] if scheme.balanced else keys)
+
+
+def wants_balance(layer: LayerSpec) -> bool:
+    """Whether a layer keeps MiKV's balance."""
+    observed = isinstance(layer.policy, Full) and layer.policy.balance
+    return observed or any(get_scheme(tier.scheme[0]).balanced for tier in layer.tiers)

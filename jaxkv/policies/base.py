@@ -2,8 +2,8 @@
 
 A policy never sees a tier, a batch layout or a kernel. It is asked four things:
 
-    enter(shape)                     what it keeps for a slot that was just filled
-    row_statistic(p, visible, ...)   what a block of query rows adds to each slot; summed over blocks, one pass
+    enter(keys, values, row)         what it keeps for slots that were just filled
+    row_statistic(p, visible, ...)   what a block of query rows says of each slot; blocks are merged, in one pass
     absorb(slots, statistic, ...)    the slots' new state after those rows (prompt or decode step, the same)
     score(slots, row, positions)     higher stays
 
@@ -13,6 +13,7 @@ Protection of the newest tokens and of sinks, and slots that left a layer's wind
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from jaxkv.types import Array, Rows
@@ -29,6 +30,7 @@ class Policy:
     summary: ClassVar[str]
     source: ClassVar[str]
     needs_attention: ClassVar[bool] = False
+    needs_replay: ClassVar[bool] = False
 
     recent: int = 10
     sinks: int = 0
@@ -40,6 +42,11 @@ class Policy:
             raise ValueError(f"sinks must not be negative, got {self.sinks}")
 
     @property
+    def watcher(self) -> "Policy":
+        """This policy without its protection: policies with the same watcher gather the same statistics."""
+        return dataclasses.replace(self, recent=1, sinks=0)
+
+    @property
     def least_budget(self) -> int:
         """The smallest number of slots that holds all protected tokens."""
         return self.recent + self.sinks
@@ -48,32 +55,45 @@ class Policy:
         """How many of the newest tokens are protected under `limit` slots, both [B, P] int32."""
         return jnp.full_like(limit, self.recent)
 
-    def enter(self, shape: tuple[int, int, int]) -> Any:
-        """State of freshly filled slots: a pytree with leaves [*shape, ...], shape = (B, P, n)."""
+    def enter(self, keys: Array, values: Array, row: Any) -> Any:
+        """State of freshly filled slots: keys (rotated), values [B, P, n, H] -> a pytree with leaves [B, P, n, ...].
+
+        `row` is the row's state that already knows of them.
+        """
         return ()
 
-    def enter_row(self, batch: int, layer: int) -> Any:
-        """State of a row that has seen nothing: a pytree with leaves [batch, ...]."""
+    def enter_row(self, shape: tuple[int, int, int], layer: int | Array) -> Any:
+        """State of a row that has seen nothing: a pytree with leaves [B, ...]; shape is (B, P, H)."""
         return ()
 
     def row_statistic(self, p: Array, visible: Array, rows: Rows, row: Any) -> Any:
-        """What query rows add per slot: p [B, P, t, S] float32 -> pytree with leaves [B, P, S, ...].
+        """What query rows say of each slot: p [B, P, G, t, S] float32 -> pytree with leaves [B, P, S, ...], >= 0.
 
-        p is 0 where `visible` is False; `row` is the row's state from before this extend.
+        p: the probabilities that each of the G query heads gave, 0 where `visible` [B, P, t, S] is False; `mean_vote`
+        averages them. `row` is the row's state from before this extend.
         """
         return ()
+
+    def merge(self, one: Any, other: Any) -> Any:
+        """Statistics of two blocks of query rows -> of both; zeros are neutral."""
+        return jax.tree.map(jnp.add, one, other)
 
     def absorb(self, slots: Any, statistic: Any, row: Any, count: Array) -> Any:
         """Slots after `count` [B] more query rows, whose summed statistic is given. `row` is from before them."""
         return slots
 
-    def advance(self, row: Any, count: Array) -> Any:
-        """The row's state after `count` [B] more query rows."""
+    def advance(self, row: Any, count: Array, keys: Array, valid: Array) -> Any:
+        """The row's state after `count` [B] more tokens: those of keys [B, P, n, H] that are `valid` [B, n]."""
         return row
 
     def score(self, slots: Any, row: Any, positions: Array) -> Array:
         """Score of each slot, [B, P, S] float32; the highest stay, ties go to the newer."""
         raise NotImplementedError
+
+
+def mean_vote(p: Array) -> Array:
+    """[B, P, G, t, S] -> [B, P, t, S], the mean over query heads."""
+    return sum(p[:, :, g] for g in range(p.shape[2])) * (1.0 / p.shape[2])  # XLA:CPU reduces a middle axis slowly
 
 
 def expand(x: Array, like: Array) -> Array:

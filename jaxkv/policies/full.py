@@ -13,7 +13,8 @@ class Full(Policy):
     """Every token stays, up to the capacity, which callers check before they insert.
 
     observe: policies whose per-slot state is kept beside the entries; `jaxkv.cache.compress` then makes, from this one
-      state, the state that each of them would have reached. Sliding-window layers drop what left their window.
+      state, the state that each of them would have reached. balance: find MiKV's balance
+      as well. Sliding-window layers drop what left their window.
     """
 
     name: ClassVar[str] = "full"
@@ -22,26 +23,34 @@ class Full(Policy):
 
     recent: int = 1
     observe: tuple[Policy, ...] = ()
+    balance: bool = False
 
     @property
     def needs_attention(self) -> bool:  # type: ignore[override]
         return any(policy.needs_attention for policy in self.observe)
 
-    def enter(self, shape):
-        return {policy.name: policy.enter(shape) for policy in self.observe}
+    @property
+    def needs_replay(self) -> bool:  # type: ignore[override]
+        return any(policy.needs_replay for policy in self.observe)
 
-    def enter_row(self, batch, layer):
-        return {policy.name: policy.enter_row(batch, layer) for policy in self.observe}
+    def enter(self, keys, values, row):
+        return {policy.name: policy.enter(keys, values, row[policy.name]) for policy in self.observe}
+
+    def enter_row(self, shape, layer):
+        return {policy.name: policy.enter_row(shape, layer) for policy in self.observe}
 
     def row_statistic(self, p, visible, rows, row):
         return {q.name: q.row_statistic(p, visible, rows, row[q.name]) for q in self.observe if q.needs_attention}
+
+    def merge(self, one, other):
+        return {q.name: q.merge(one[q.name], other[q.name]) for q in self.observe if q.needs_attention}
 
     def absorb(self, slots, statistic, row, count):
         statistic = dict(statistic)  # () when no observed policy needs attention
         return {q.name: q.absorb(slots[q.name], statistic.get(q.name, ()), row[q.name], count) for q in self.observe}
 
-    def advance(self, row, count):
-        return {policy.name: policy.advance(row[policy.name], count) for policy in self.observe}
+    def advance(self, row, count, keys, valid):
+        return {policy.name: policy.advance(row[policy.name], count, keys, valid) for policy in self.observe}
 
     def score(self, slots, row, positions):
         return positions.astype(jnp.float32)

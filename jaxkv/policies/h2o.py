@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxkv.policies.base import Policy
+from jaxkv.policies.base import Policy, mean_vote
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,15 +31,19 @@ class H2O(Policy):
         if not 0.0 <= self.recent_share < 1.0:
             raise ValueError(f"recent_share must be in [0, 1), got {self.recent_share}")
 
+    @property
+    def watcher(self):
+        return dataclasses.replace(self, recent=1, sinks=0, recent_share=0.0)
+
     def protected_recent(self, limit):
         share = jnp.floor(limit.astype(jnp.float32) * self.recent_share).astype(jnp.int32)
         return jnp.maximum(share, self.recent)
 
-    def enter(self, shape):
-        return {"attention": jnp.zeros(shape, jnp.float32)}
+    def enter(self, keys, values, row):
+        return {"attention": jnp.zeros(keys.shape[:3], jnp.float32)}
 
     def row_statistic(self, p, visible, rows, row):
-        return {"attention": jnp.einsum("bpts,bt->bps", p, rows.valid.astype(p.dtype))}
+        return {"attention": jnp.einsum("bpts,bt->bps", mean_vote(p), rows.valid.astype(p.dtype))}
 
     def absorb(self, slots, statistic, row, count):
         return {"attention": slots["attention"] + statistic["attention"]}

@@ -21,8 +21,8 @@ class Random(Policy):
 
     seed: int = 0
 
-    def enter_row(self, batch, layer):
-        return {"layer": jnp.full((batch,), layer, jnp.int32)}
+    def enter_row(self, shape, layer):
+        return {"layer": jnp.full(shape[:1], layer, jnp.int32)}
 
     def score(self, slots, row, positions):
         heads = jnp.arange(positions.shape[1], dtype=jnp.uint32)[None, :, None]

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxkv.policies.base import Policy, expand
+from jaxkv.policies.base import Policy, expand, mean_vote
 
 BUCKETS = 4
 
@@ -49,11 +49,11 @@ class Scissorhands(Policy):
     def _bucket(self) -> int:
         return self.window // BUCKETS
 
-    def enter(self, shape):
-        return {"low": jnp.zeros(shape, jnp.uint32)}
+    def enter(self, keys, values, row):
+        return {"low": jnp.zeros(keys.shape[:3], jnp.uint32)}
 
-    def enter_row(self, batch, layer):
-        return {"filled": jnp.zeros((batch,), jnp.int32)}
+    def enter_row(self, shape, layer):
+        return {"filled": jnp.zeros(shape[:1], jnp.int32)}
 
     def _filled_after(self, filled, count):
         """Steps in the bucket being filled after `count` more; a run of `window` or more starts buckets anew at its end."""
@@ -77,7 +77,7 @@ class Scissorhands(Policy):
         old = jnp.where(expand(age, slots["low"]) < BUCKETS, slots["low"] << shift, jnp.uint32(0))
         return {"low": old + statistic["low"]}
 
-    def advance(self, row, count):
+    def advance(self, row, count, keys, valid):
         return {"filled": self._filled_after(row["filled"], count)}
 
     def score(self, slots, row, positions):
@@ -102,11 +102,11 @@ class ScissorhandsReference(Policy):
         if self.window < 8 or self.window % 8:
             raise ValueError(f"window must be a positive multiple of 8, got {self.window}")
 
-    def enter(self, shape):
-        return {"low": jnp.zeros((*shape, self.window // 8), jnp.uint8)}
+    def enter(self, keys, values, row):
+        return {"low": jnp.zeros((*keys.shape[:3], self.window // 8), jnp.uint8)}
 
-    def enter_row(self, batch, layer):
-        return {"step": jnp.zeros((batch,), jnp.int32)}
+    def enter_row(self, shape, layer):
+        return {"step": jnp.zeros(shape[:1], jnp.int32)}
 
     def _bits(self, steps):
         """One bit of the ring for each step [...]: uint8 [..., window / 8]."""
@@ -132,7 +132,7 @@ class ScissorhandsReference(Policy):
         ).sum(axis=1, dtype=jnp.uint8)
         return {"low": (slots["low"] & ~expand_to_slots(fresh)) | statistic["low"]}
 
-    def advance(self, row, count):
+    def advance(self, row, count, keys, valid):
         return {"step": row["step"] + count}
 
     def score(self, slots, row, positions):
@@ -145,6 +145,7 @@ def expand_to_slots(x):
 
 
 def low_attention(p, visible, rows):
-    """Where a valid row gave a key it sees less than the uniform share of the keys it sees: bool [B, P, t, S]."""
+    """Where a valid row gave a key it sees less than the uniform share of the keys it sees: p [B, P, G, t, S] -> bool
+    [B, P, t, S]."""
     threshold = 1.0 / jnp.maximum(rows.live, 1).astype(jnp.float32)
-    return (p < threshold[..., None]) & visible & rows.valid[:, None, :, None]
+    return (mean_vote(p) < threshold[..., None]) & visible & rows.valid[:, None, :, None]

@@ -1,5 +1,7 @@
 """The table of storage schemes for keys and values: one file and one line each."""
 
+import dataclasses
+
 from jaxkv.quantization.base import Scheme
 from jaxkv.quantization.floats import BF16, E4M3, E5M2, F32
 from jaxkv.quantization.integers import INT2, INT3, INT4, INT8
@@ -10,8 +12,15 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+BALANCED = "balanced-"  # in front of a scheme's name: the same for balanced keys, see `jaxkv.quantization.balance`
+
+
 def get_scheme(name: str) -> Scheme:
     """The scheme of this name. Raises: ValueError naming the known ones."""
-    if name not in SCHEMES:
-        raise ValueError(f"unknown storage scheme {name!r}; known: {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+    plain = name.removeprefix(BALANCED)
+    if plain not in SCHEMES:
+        raise ValueError(
+            f"unknown storage scheme {name!r}; known: {', '.join(SCHEMES)}, and for keys {BALANCED!r} in front of each"
+        )
+    scheme = SCHEMES[plain]
+    return scheme if plain == name else dataclasses.replace(scheme, name=name, balanced=True)

@@ -28,7 +28,9 @@ class Scheme:
     decode: (Encoded, axis) -> float32 (bfloat16 for bf16) with H channels at `axis`, negative.
     into_basis, out_of_basis: [..., H] float32 -> the same shape; the identity but for rotated schemes. Scalar products
       are the same in both bases.
+    level: codes as numbers -> float32 before the factors, (scale) or (scale, zero); None for floats that need none.
     slots_minor: values are stored [B, P, H', S], as keys are, and not [B, P, S, H'].
+    balanced: keys are multiplied by their row's balance before they are encoded, and queries divided.
     """
 
     name: str
@@ -41,7 +43,9 @@ class Scheme:
     multiple: int = 1
     into_basis: Callable[[Array], Array] = lambda x: x
     out_of_basis: Callable[[Array], Array] = lambda x: x
+    level: Callable[[Array], Array] | None = None
     slots_minor: bool = True
+    balanced: bool = False
 
     def check(self, channels: int) -> None:
         """Raises: ValueError if vectors of this many channels cannot be stored."""

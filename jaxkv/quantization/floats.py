@@ -33,7 +33,7 @@ BF16 = Scheme(
     carrier="uint16",
     encode=lambda x: Encoded(codes=to_bits(x)),
     decode=lambda e, axis: jax.lax.bitcast_convert_type(e.codes, jnp.bfloat16),
-    slots_minor=False,
+    level=from_bits,
 )
 
 
@@ -62,6 +62,7 @@ def _fp8(name, dtype, summary):
     return Scheme(
         name=name, summary=summary, bits=8, carrier="uint8", factors=1,
         encode=functools.partial(_encode, dtype=dtype), decode=functools.partial(_decode, dtype=dtype),
+        level=lambda codes: jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32),
     )  # fmt: skip
 
 

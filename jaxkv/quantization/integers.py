@@ -35,11 +35,16 @@ def decode(e: Encoded, axis: int, *, bits: int) -> Array:
     return codes * scale + zero
 
 
+def level(codes: Array) -> Array:
+    """Codes as numbers."""
+    return codes.astype(jnp.float32)
+
+
 def _scheme(bits):
     return Scheme(
         name=f"int{bits}", summary=f"{bits} bits, round to nearest, scale and zero per 64 channels", bits=bits,
         carrier="uint8", factors=2, multiple={8: 1, 4: 2, 3: 8, 2: 4}[bits],
-        encode=functools.partial(encode, bits=bits), decode=functools.partial(decode, bits=bits),
+        encode=functools.partial(encode, bits=bits), decode=functools.partial(decode, bits=bits), level=level,
     )  # fmt: skip
 
 

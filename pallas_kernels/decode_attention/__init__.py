@@ -4,17 +4,24 @@ out = sum over sources s of  p_s V_s,     p = softmax over the live slots of all
 """
 
 from pallas_kernels.decode_attention import xla
+from pallas_kernels.decode_attention.packed import Packed
+from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, choose, takes_all
+
+__all__ = ["IMPLEMENTATIONS", "Packed", "Source", "decode_attention"]
 
 IMPLEMENTATIONS = {"xla": Implementation(xla.decode_attention, takes_all)}
 
 
-def decode_attention(sources, *, scale: float, softcap: float | None, implementation: str | None = None):
+def decode_attention(
+    sources: tuple[Source, ...], *, scale: float, softcap: float | None, implementation: str | None = None
+):
     """Exact attention of one query per head over the union of `sources`.
 
     Args:
-      sources: tuple of (queries [B, P, G, H], keys [B, P, H, S], values [B, P, S, H], live [B, P, S] bool). Queries
-        differ by source when a tier's positions are shifted. Dead slots may hold NaN keys and any finite values.
+      sources: queries [B, P, G, H], keys [B, P, H, S], values [B, P, S, H], live [B, P, S] bool each. Queries differ by
+        source when a tier's positions are shifted or its keys are stored in another basis. Dead slots may hold NaN keys
+        and any finite values.
       scale: multiplies the logits. softcap: logits become softcap * tanh(logits / softcap), or None.
     Returns: out [B, P, G, H] in the values' dtype; probabilities, one [B, P, G, S] float32 per source. A row without a
       live slot gives zeros.

@@ -9,7 +9,7 @@ def decode_attention(sources, *, scale, softcap):
     """The arguments and results of `pallas_kernels.decode_attention`, as float64 numpy arrays."""
     sources = [
         (np.asarray(q, np.float64), np.asarray(k, np.float64), np.asarray(v, np.float64), np.asarray(live))
-        for q, k, v, live in sources
+        for q, k, v, live, *_ in sources
     ]
     batch, rows, heads, size = sources[0][0].shape
     out = np.zeros((batch, rows, heads, size))

@@ -5,6 +5,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode_attention import packed
+
 NEGATIVE = float(np.finfo(np.float32).min) / 2  # finite: a row that sees nothing must not make NaN
 
 
@@ -24,24 +26,38 @@ def shares(logits):
     return weights, jnp.where(top > NEGATIVE, 1.0 / sum(w.sum(axis=-1, keepdims=True) for w in weights), 0.0)
 
 
-def mix(spec, weights, values, inverse):
+def mix(spec, weights, sources, inverse):
     """The weighted mean of the values of all sources; zeros where nothing is seen, whatever lies in dead slots."""
-    out = sum(
-        jnp.einsum(spec, w.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        for w, v in zip(weights, values, strict=True)
-    )
-    return jnp.where(inverse > 0, out * inverse, 0.0).astype(values[-1].dtype)
+    computed = sources[-1].queries.dtype  # what is stored in another is read as float32
+
+    def weighted(w, source):
+        if isinstance(source.values, packed.Packed):
+            return source.finish(packed.weighted(w, source.values, source.queries.shape[-1]))
+        dtype = computed if source.values.dtype == computed else jnp.float32
+        out = jnp.einsum(spec, w.astype(dtype), source.values.astype(dtype), preferred_element_type=jnp.float32)
+        return source.finish(out)
+
+    out = sum(map(weighted, weights, sources))
+    return jnp.where(inverse > 0, out * inverse, 0.0)
+
+
+def product(spec, queries, keys):
+    """Logits in float32; a tier's keys may be wider or narrower than the queries."""
+    dtype = queries.dtype if queries.dtype == keys.dtype else jnp.float32
+    return jnp.einsum(spec, queries.astype(dtype), keys.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def decode_attention(sources, *, scale, softcap):
     logits = [
-        jnp.where(
-            live[:, :, None],
-            softcapped(jnp.einsum("bpgh,bphs->bpgs", q * scale, k, preferred_element_type=jnp.float32), softcap),
-            NEGATIVE,
-        )
-        for q, k, _, live in sources
+        jnp.where(s.live[:, :, None], softcapped(_logits(s.queries * scale, s.keys), softcap), NEGATIVE)
+        for s in sources
     ]
     weights, inverse = shares(logits)
-    out = mix("bpgs,bpsh->bpgh", weights, [v for _, _, v, _ in sources], inverse)
-    return out, tuple(w * inverse for w in weights)
+    out = mix("bpgs,bpsh->bpgh", weights, sources, inverse)
+    return out.astype(sources[-1].queries.dtype), tuple(w * inverse for w in weights)
+
+
+def _logits(queries, keys):
+    if isinstance(keys, packed.Packed):
+        return packed.logits(queries.astype(jnp.float32), keys)
+    return product("bpgh,bphs->bpgs", queries, keys)

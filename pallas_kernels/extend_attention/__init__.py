@@ -1,7 +1,19 @@
 """T new queries against the tiers of a cache and against the new tokens themselves."""
 
+from typing import Any, NamedTuple
+
+from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, choose, takes_all
 from pallas_kernels.extend_attention import xla
+
+
+class TierSource(NamedTuple):
+    """A tier as `extend_attention` reads it: queries [B, P, G, T, H], live [B, P, S]; positions [B, P, S] int32 on the
+    queries' scale."""
+
+    source: Source
+    positions: Any
+
 
 IMPLEMENTATIONS = {"xla": Implementation(xla.extend_attention, takes_all)}
 
@@ -20,6 +32,7 @@ def extend_attention(
     scale: float,
     softcap: float | None,
     row_statistic,
+    merge,
     block: int = 128,
     implementation: str | None = None,
 ):
@@ -30,12 +43,12 @@ def extend_attention(
 
     Args:
       queries [B, P, G, T, H]; keys, values [B, P, T, H] of the new tokens; rows that are not valid may hold anything.
-      tiers: tuple of (queries [B, P, G, T, H], keys [B, P, H, S], values [B, P, S, H], positions [B, P, S] int32 on the
-        queries' scale, live [B, P, S] bool). Dead slots may hold NaN keys and any finite values.
+      tiers: a TierSource each. Dead slots may hold NaN keys and any finite values.
       positions [B, T] int32; valid [B, T] bool; segments [B, T] int32 (-1 = global) or None: all one segment.
-      row_statistic: None, or (p [B, P, t, S] float32, visible [B, P, t, S] bool, live [B, P, t] int32,
-        start int32) -> pytree with leaves [B, P, S, ...]: what query rows start..start+t add per slot. p is the mean
-        over the query heads of a block row. Sums over blocks are returned.
+      row_statistic: None, or (p [B, P, G, t, S] float32, visible [B, P, t, S] bool, live [B, P, t] int32,
+        start int32, own bool) -> pytree with leaves [B, P, S, ...]: what query rows start..start+t say of each slot.
+        own, static: whether the slots are the new tokens.
+      merge: None, or (statistics of two blocks) -> those of both; zeros are neutral.
       block: queries per inner block; it changes memory and speed, not the result.
     Returns: out [B, P, G, T, H]; statistics, one pytree per tier and one for the new tokens (all None without
       `row_statistic`). Rows that see nothing give zeros.
@@ -54,5 +67,6 @@ def extend_attention(
         scale=scale,
         softcap=softcap,
         row_statistic=row_statistic,
+        merge=merge,
         block=block,
     )

@@ -15,7 +15,7 @@ def extend_attention(
     """
     wide = lambda x: np.asarray(x, np.float64)
     queries, keys, values = wide(queries), wide(keys), wide(values)
-    tiers = [(wide(q), wide(k), wide(v), np.asarray(at), np.asarray(live)) for q, k, v, at, live in tiers]
+    tiers = [(*map(wide, t.source[:3]), np.asarray(t.positions), np.asarray(t.source.live)) for t in tiers]
     positions, valid = np.asarray(positions), np.asarray(valid)
     batch, rows, heads, length, size = queries.shape
     widths = [tier[3].shape[2] for tier in tiers] + [length]

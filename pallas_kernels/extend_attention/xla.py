@@ -8,21 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention.xla import NEGATIVE, mix, shares, softcapped
+from pallas_kernels.decode_attention.source import Source
+from pallas_kernels.decode_attention.xla import NEGATIVE, mix, product, shares, softcapped
 
 STAGES = 8  # at most; of two blocks at least, for XLA unrolls a loop of one and then keeps every stage in memory
 
 
 def extend_attention(
-    queries, keys, values, tiers, *, positions, valid, segments, causal, window, scale, softcap, row_statistic, block
-):
+    queries, keys, values, tiers, *, positions, valid, segments, causal, window, scale, softcap, row_statistic,
+    merge, block,
+):  # fmt: skip
     length = queries.shape[3]
     block = min(block, length)
     blocks = -(-length // block)
     spare = blocks * block - length
     rows = jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, spare), (0, 0)]) if spare else x,
-        (queries * scale, tuple(tier[0] * scale for tier in tiers)),
+        (queries * scale, tuple(tier.source.queries * scale for tier in tiers)),
     )
     slots_minor = jnp.swapaxes(keys, 2, 3)
     row_positions = jnp.pad(positions, ((0, 0), (0, spare)))
@@ -35,11 +37,12 @@ def extend_attention(
         index = start + jnp.arange(block, dtype=jnp.int32)
         sources = []
         for tier, tier_queries in zip(tiers, rows[1], strict=True):
-            _, k, v, slot_positions, live = tier
+            _, k, v, live, finish = tier.source
+            slot_positions = tier.positions
             see = jnp.broadcast_to(live[:, :, None, :], (*live.shape[:2], block, live.shape[2]))
             if window is not None:
                 see &= at - slot_positions[:, :, None, :] < window
-            sources.append((cut(tier_queries, 3), k, v, see))
+            sources.append(Source(cut(tier_queries, 3), k, v, see, finish))
         see = jnp.broadcast_to(valid[:, None, None, :end], (valid.shape[0], 1, block, end))
         if causal:
             see &= (jnp.arange(end, dtype=jnp.int32)[None, :] <= index[:, None])[None, None]
@@ -48,17 +51,18 @@ def extend_attention(
         if segments is not None:
             mine, theirs = cut(row_segments, 1)[:, None, :, None], segments[:, None, None, :end]
             see &= (mine == theirs) | (mine < 0) | (theirs < 0)
-        sources.append((cut(rows[0], 3), slots_minor[..., :end], values[:, :, :end], see))
+        sources.append(Source(cut(rows[0], 3), slots_minor[..., :end], values[:, :, :end], see))
         return _softmax(sources, start, softcap=softcap, row_statistic=row_statistic)
 
     edges = np.linspace(0, blocks, (min(STAGES, max(1, blocks // 2)) if causal else 1) + 1).astype(int)
     outs, statistics = [], None
+    together = lambda a, b: a if row_statistic is None else tuple(map(merge, a, b))
     for first, last in zip(edges[:-1], edges[1:], strict=True):
         end = min(int(last) * block, length) if causal else length
 
         def step(total, start, end=end):
             out, statistic = attend(start, end)
-            return jax.tree.map(jnp.add, total, statistic), out
+            return together(total, statistic), out
 
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda e=end: attend(0, e)[1]))
         starts = jnp.arange(int(first), int(last), dtype=jnp.int32) * block
@@ -66,31 +70,28 @@ def extend_attention(
         outs.append(out)
         widen = lambda x, end=end: jnp.pad(x, [(0, 0), (0, 0), (0, length - end)] + [(0, 0)] * (x.ndim - 3))
         statistic = (*statistic[:-1], jax.tree.map(widen, statistic[-1]))
-        statistics = statistic if statistics is None else jax.tree.map(jnp.add, statistics, statistic)
+        statistics = statistic if statistics is None else together(statistics, statistic)
     out = jnp.moveaxis(jnp.concatenate(outs), 0, 3)  # [B, P, G, blocks, block, H]
     out = out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :length]
     return out, statistics
 
 
 def _softmax(sources, start, *, softcap, row_statistic):
-    """One softmax over all sources (scaled queries, keys, values, visible) of one block of query rows."""
+    """One softmax over all sources of one block of query rows, their queries scaled."""
     logits = [
-        jnp.where(
-            see[:, :, None],
-            softcapped(jnp.einsum("bpgth,bphs->bpgts", q, k, preferred_element_type=jnp.float32), softcap),
-            NEGATIVE,
-        )
-        for q, k, _, see in sources
+        jnp.where(s.live[:, :, None], softcapped(product("bpgth,bphs->bpgts", s.queries, s.keys), softcap), NEGATIVE)
+        for s in sources
     ]
     weights, inverse = shares(logits)
-    out = mix("bpgts,bpsh->bpgth", weights, [v for _, _, v, _ in sources], inverse)
+    out = mix("bpgts,bpsh->bpgth", weights, sources, inverse).astype(sources[-1].values.dtype)
     if row_statistic is None:
         return out, (None,) * len(sources)
     heads = out.shape[1]
-    live = sum(jnp.broadcast_to(s[3].sum(-1, dtype=jnp.int32), (s[3].shape[0], heads, s[3].shape[2])) for s in sources)
+    live = sum(
+        jnp.broadcast_to(s.live.sum(-1, dtype=jnp.int32), (s.live.shape[0], heads, s.live.shape[2])) for s in sources
+    )
     statistics = []
-    for w, s in zip(weights, sources, strict=True):
-        share = w * inverse  # the mean over G by additions: XLA:CPU reduces a middle axis several times slower
-        p = sum(share[:, :, g] for g in range(share.shape[2])) * (1.0 / share.shape[2])
-        statistics.append(row_statistic(p, jnp.broadcast_to(s[3], p.shape), live, start))
+    for number, (w, s) in enumerate(zip(weights, sources, strict=True)):
+        visible = jnp.broadcast_to(s.live, (*w.shape[:2], *w.shape[3:]))
+        statistics.append(row_statistic(w * inverse, visible, live, start, number == len(sources) - 1))
     return out, tuple(statistics)

@@ -1,0 +1,129 @@
+"""Our caches and NVIDIA kvpress's methods on the same weights, tokens and questions, at the same bytes.
+
+    python benchmarks/against_kvpress.py FOLDER [--text FILE_OR_NAME ...] [--seed 0] [--out FILE]      ours
+    PEERS_PYTHON benchmarks/kvpress_peers.py FOLDER/work-0.json FOLDER/peers-0.json                    theirs, per text
+    python benchmarks/against_kvpress.py FOLDER ... --out FILE                                         both, one table
+
+FOLDER keeps what is expensive: what both sides are asked (work-N.json) and their answers. What is equal: the weights
+(dequantized from one file, float32), the token ids, the questions, the shares of the bytes that a full bfloat16 cache of
+context and following tokens takes. What is not, all in the peers' favour: they compress once and keep what comes later
+uncharged, ours pays for it inside its budget; their entries are float32 charged as bfloat16; positions and scores are
+charged to ours only; AdaKV and KVzip are charged for live entries, though kvpress frees none.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+from common import record
+
+import infer
+from infer.evaluate import evaluate, metrics
+from infer.evaluate.run import _contexts, _encode, _excerpts
+from infer.evaluate.tasks import encode_context
+from infer.texts import load_text
+
+SHARES = (0.5, 0.25, 0.125, 0.0625)
+TASKS = ["passkey", "magic"]
+OURS = ("auto", "h2o", "kvzip", "rotated-3", "mikv", "scissorhands", "recency", "random")
+
+
+def main():
+    """Asks our side, reads the peers' answers where they are, writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--text", nargs="+", default=["wikitext-2", "pride-and-prejudice"])
+    parser.add_argument("--caches", default=",".join(OURS))
+    parser.add_argument("--context", type=int, default=1900)
+    parser.add_argument("--excerpts", type=int, default=3, help="of each text")
+    parser.add_argument("--samples", type=int, default=32, help="questions a task, of each text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(exist_ok=True)
+    lm, sides = infer.load("smollm2"), []
+    for number, name in enumerate(arguments.text):
+        text = load_text(name)
+        work = arguments.folder / f"work-{number}.json"
+        work.write_text(json.dumps(ask(lm, text, arguments)))
+        mine = arguments.folder / f"ours-{number}.json"
+        known = json.loads(mine.read_text()) if mine.exists() else []
+        todo = [c for c in arguments.caches.split(",") if c not in {row["cache"] for row in known}]
+        if todo:
+            known += evaluate(
+                lm, text=text, caches=todo, budgets=[f"{share:.2%}" for share in SHARES], tasks=TASKS,
+                context=arguments.context, next_tokens=128, excerpts=arguments.excerpts, samples=arguments.samples,
+                seed=arguments.seed, progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
+            )  # fmt: skip
+            mine.write_text(json.dumps(known))
+        theirs = arguments.folder / f"peers-{number}.json"
+        sides.append((known, json.loads(theirs.read_text()) if theirs.exists() else []))
+    names = " ".join(pathlib.Path(name).name for name in arguments.text)
+    record(
+        arguments.out,
+        title=f"Against kvpress 0.5.5, SmolLM2-135M, {arguments.context} tokens, compressed before the question is known",
+        command=f"python benchmarks/against_kvpress.py FOLDER --text {names} --excerpts {arguments.excerpts} --samples"
+        f" {arguments.samples} --seed {arguments.seed}",
+        rows=table(sides),
+    )
+
+
+def ask(lm, text, arguments) -> dict:
+    """What `evaluate` asks, as ids for the peers."""
+    tokens = _excerpts(lm, text, arguments.context + 129, arguments.excerpts, arguments.seed).tolist()
+    contexts = _contexts(lm, text, TASKS, arguments.context, arguments.samples, None, arguments.seed)
+    asked = [[_encode(lm.tokenizer, question) for question in one.questions] for one in contexts]
+    prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]
+    reserve = max([128, *(len(q.ask) + len(q.answer) for group in asked for q in group)])
+    return {
+        "excerpts": [{"context": row[: arguments.context], "next": row[arguments.context : -1]} for row in tokens],
+        "contexts": [
+            {
+                "prompt": list(prompt),
+                "span": len(prompt) + reserve,
+                "questions": [{"task": q.task, "ask": q.ask, "answer": q.answer} for q in group],
+            }
+            for prompt, group in zip(prompts, asked, strict=True)
+        ],
+        "shares": list(SHARES),
+    }
+
+
+def table(sides) -> list[dict]:
+    """A line per method and share, over all texts; ours first."""
+    lines = {}
+    for ours, peers in sides:
+        for row in ours:
+            share = "" if row["cache"] == "full" else row["budget"]
+            line = lines.setdefault((f"jaxkv {row['cache']}", share), _empty())
+            line["bytes"].append(row["share"])
+            line["kl"].append(row["kl_mean"])
+            for task in TASKS:
+                line["right"] += round(row["accuracy"][task] * row["asked"][task])
+                line["asked"] += row["asked"][task]
+        for row in peers:
+            share = "" if row["share"] is None or row["method"] == "full" else f"{row['share']:.2%}"
+            line = lines.setdefault((row["method"], share), _empty())
+            line["bytes"].append(row["bytes_share"])
+            line["kl"].append(row["kl_mean"])
+            line["right"] += sum(row["right"].values())
+            line["asked"] += sum(row["asked"].values())
+    order = lambda item: (-float(item[0][1].rstrip("%") or 100), min(item[1]["kl"]))
+    return [
+        {
+            "budget": share or "-", "method": name, "bytes": f"{np.mean(line['bytes']):.1%}",
+            "KL": f"{np.mean(line['kl']):.4f}", "KL by text": ", ".join(f"{kl:.4f}" for kl in line["kl"]),
+            "right": f"{line['right']} of {line['asked']}",
+            "95 %": "{:.0%}-{:.0%}".format(*metrics.wilson(line["right"], line["asked"])),
+        }
+        for (name, share), line in sorted(lines.items(), key=order)
+    ]  # fmt: skip
+
+
+def _empty():
+    return {"bytes": [], "kl": [], "right": 0, "asked": 0}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The same evaluation under several seeds: other excerpts, contexts, facts and random draws each time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from infer.evaluate import metrics
+from infer.evaluate.run import Progress, evaluate
+from jaxkv.policies import Random
+from jaxkv.presets import make_preset
+
+MEANS = ("kl_mean", "kl_p99", "top1", "perplexity", "bits_per_byte", "tokens_per_second")
+SPREAD = ("kl_mean", "top1", "perplexity", "bits_per_byte")
+
+
+def evaluate_seeds(
+    lm: Any, *, seeds: Sequence[int], caches: Sequence, progress: Progress | None = None, **options
+) -> list[dict[str, Any]]:
+    """Rows of `evaluate`, each over all seeds; `random` draws anew under each.
+
+    Args: seeds: at least one. The other arguments are those of `evaluate`, `seed` left out.
+    Returns: as `evaluate`: means over seeds, accuracies of all questions together; and seeds, spread (metric -> [lowest,
+      highest seed]), by_seed (metric -> a value per seed).
+    """
+    if not seeds:
+        raise ValueError("no seeds were given; give at least one, such as [0]")
+    runs = []
+    for number, seed in enumerate(seeds):
+        own = [make_preset(cache) for cache in caches]
+        own = [make_preset(p, seed=seed) if isinstance(p.policy, Random) else p for p in own]
+
+        def step(done, total, what, number=number, seed=seed):
+            if progress is not None:
+                progress(number * total + done, len(seeds) * total, f"seed {seed}: {what}")
+
+        runs.append(evaluate(lm, caches=own, seed=seed, progress=step, **options))
+    return [_together(same, list(seeds)) for same in zip(*runs, strict=True)]
+
+
+def _together(same: Sequence[dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
+    """One row of the same cache and budget under every seed."""
+    row = dict(same[0])
+    values = {name: [one[name] for one in same] for name in MEANS if same[0][name] is not None}
+    row.update({name: float(np.mean(found)) for name, found in values.items()})
+    if len(same) > 1 and "kl_mean" in values:
+        _, interval = metrics.mean_interval(np.asarray(values["kl_mean"]))
+        row["kl_interval"] = None if interval is None else list(interval)
+    row["seeds"] = seeds
+    row["by_seed"] = {name: values[name] for name in SPREAD if name in values}
+    row["spread"] = {name: [min(found), max(found)] for name, found in row["by_seed"].items()}
+    for task in row["accuracy"]:
+        asked = [one["asked"][task] for one in same]
+        right = sum(round(one["accuracy"][task] * n) for one, n in zip(same, asked, strict=True))
+        row["asked"] |= {task: sum(asked)}
+        row["accuracy"] |= {task: right / sum(asked)}
+        row["accuracy_interval"] |= {task: list(metrics.wilson(right, sum(asked)))}
+    return row

@@ -1,0 +1,66 @@
+"""Keep what a second reading, and the end of the first, look at: the policy of `auto`.
+
+Score of a token: the squared attention, averaged over query heads and summed over queries, of a repetition of the context
+(KVzip, arXiv 2505.23416, section 3) and of the context's own last `window` tokens (SnapKV, arXiv 2404.14469).
+Departs from KVzip: squares summed instead of the largest value, so that a token that many look at a little does not fall
+behind one that a single query looks at; the mean over query heads instead of the largest; and the end of the context is
+heard as well, because what follows a text is read in the light of its end, not only of its repetition. Chosen among twelve
+such scores on one text; `benchmarks/quality.py` measures the result on others. `replay=False` needs one reading only.
+Later queries add theirs. What was there fades, by half in `memory` tokens: instead of fading, newer attention weighs more,
+which ranks alike and lets the score be kept in bfloat16, 2 bytes a slot. It overflows after 127 * `memory` tokens.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from jaxkv.policies.base import Policy, expand, mean_vote
+from jaxkv.quantization.base import from_bits, to_bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay(Policy):
+    """Squared attention of a replay of the context and of the last `window` queries. replay: whether there is one."""
+
+    name: ClassVar[str] = "replay"
+    summary: ClassVar[str] = "what a second reading and the end of the first attend to"
+    source: ClassVar[str] = "ours, after KVzip and SnapKV"
+    needs_attention: ClassVar[bool] = True
+
+    recent: int = 32
+    window: int = 256
+    memory: int = 4096
+    replay: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("window", "memory"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def needs_replay(self):
+        return self.replay
+
+    def enter_row(self, shape, layer):
+        return {"read": jnp.zeros(shape[:1], jnp.int32)}
+
+    def advance(self, row, count, keys, valid):
+        return {"read": row["read"] + count}
+
+    def enter(self, keys, values, row):
+        return {"attention": jnp.zeros(keys.shape[:3], jnp.uint16)}
+
+    def row_statistic(self, p, visible, rows, row):
+        looks = rows.valid & (rows.remaining < self.window) | rows.replay
+        return {"attention": jnp.einsum("bpts,bt->bps", mean_vote(jnp.square(p)), looks.astype(p.dtype))}
+
+    def absorb(self, slots, statistic, row, count):
+        weight = expand(
+            jnp.exp2((row["read"] + count).astype(jnp.float32) * (1.0 / self.memory)), statistic["attention"]
+        )
+        return {"attention": to_bits(from_bits(slots["attention"]) + weight * statistic["attention"])}
+
+    def score(self, slots, row, positions):
+        return from_bits(slots["attention"])

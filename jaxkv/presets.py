@@ -1,0 +1,143 @@
+"""The table of caches by name: a policy and the tiers under it. A preset is data, not code.
+
+Preset   policy          which entries move down, and out
+         parts           the tiers, first to last: how many entries each takes, and how it stores them
+         funnel          how much more the first layer gets than the last
+    ladder          other tiers for other budgets
+"""
+
+import dataclasses
+
+from jaxkv.policies import H2O, POLICIES, Full, Policy, Recency, Replay, Scissorhands, SnapKV, make_policy
+from jaxkv.quantization import get_scheme
+
+COMPUTE = "compute"  # stored as it was computed
+RESIDUAL = 32  # newest tokens that quantized presets keep in bfloat16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One tier. keys, values: storage schemes. share: of the entries that the fixed tiers leave; slots: a fixed number."""
+
+    keys: str
+    values: str
+    share: float = 0.0
+    slots: int | None = None
+
+    def __post_init__(self):
+        for name in (self.keys, self.values):
+            if name != COMPUTE:
+                get_scheme(name)
+        if self.slots is None and not 0 < self.share <= 1:
+            raise ValueError(f"a part takes a share in (0, 1] of the entries or a number of slots, got {self.share}")
+        if self.slots is not None and (self.slots < 1 or self.share):
+            raise ValueError(f"a part of a fixed size has at least 1 slot and no share, got {self.slots}, {self.share}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named cache.
+
+    source: of the whole, where it is not the policy's. funnel: the first layer's budget over the last one's, linear in
+    between. ladder: (least share, parts), the largest share first: the first whose share the budget reaches, else `parts`.
+    """
+
+    name: str
+    summary: str
+    policy: Policy
+    parts: tuple[Part, ...]
+    source: str = ""
+    funnel: float = 1.0
+    ladder: tuple[tuple[float, tuple[Part, ...]], ...] = ()
+
+    def __post_init__(self):
+        for parts in (self.parts, *(parts for _, parts in self.ladder)):
+            if not parts:
+                raise ValueError(f"preset {self.name!r} has no tiers; give at least one Part")
+            if abs(sum(part.share for part in parts) - 1) > 1e-6:
+                raise ValueError(f"the shares of preset {self.name!r} must add up to 1, got {[p.share for p in parts]}")
+        if not self.funnel > 0:
+            raise ValueError(f"funnel must be more than 0, got {self.funnel}")
+
+    def at(self, share: float) -> "Preset":
+        """The preset for a budget of this share of a full bfloat16 cache, without a ladder."""
+        parts = next((parts for least, parts in self.ladder if share >= least), self.parts)
+        return dataclasses.replace(self, parts=parts, ladder=())
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is quantized below bfloat16."""
+        return all(name in (COMPUTE, "bf16", "f32") for part in self.parts for name in (part.keys, part.values))
+
+
+def one_tier(scheme: str) -> tuple[Part, ...]:
+    """Everything in one tier."""
+    return (Part(keys=scheme, values=scheme, share=1.0),)
+
+
+def tiers(*shares: tuple[float, str, str] | tuple[float, str], residual: int = RESIDUAL) -> tuple[Part, ...]:
+    """A bfloat16 residual, then (share, scheme) or (share, key scheme, value scheme) each."""
+    parts = tuple(Part(share=share, keys=schemes[0], values=schemes[-1]) for share, *schemes in shares)
+    return (Part(keys="bf16", values="bf16", slots=residual), *parts) if residual else parts
+
+
+def _preset(name, summary, policy, parts, **more):
+    return Preset(name=name, summary=summary, policy=policy, parts=parts, **more)
+
+
+# Measured by benchmarks/auto.py: which tiers lost least at each share. Keys need a bit more than values.
+AUTO = (
+    (0.4, tiers((1.0, "int8", "rotated4"))),
+    (0.1, tiers((0.3, "rotated4"), (0.7, "rotated4", "rotated3"))),
+)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(name="full", summary=Full.summary, policy=Full(), parts=one_tier(COMPUTE)),
+        *(
+            Preset(name=name, summary=policy.summary, policy=policy(), parts=one_tier("bf16"))
+            for name, policy in POLICIES.items()
+            if name != "full"
+        ),
+        _preset("streaming", "recency by its paper's name", Recency(), one_tier("bf16")),
+        _preset("pyramid", "snapkv, early layers keep four times what late ones do", SnapKV(), one_tier("bf16"), funnel=4,
+            source="PyramidKV, arXiv 2406.02069",
+        ),
+        _preset(
+            "scissorhands-4bit", "scissorhands, all but the newest in 4 bits", Scissorhands(recent=RESIDUAL),
+            tiers((1.0, "int4")),
+        ),
+        _preset(
+            "mikv", "h2o, a fifth in bfloat16, the rest in 2 bits", H2O(),
+            tiers((0.2, "bf16"), (0.8, "balanced-int2", "int2"), residual=0), source="MiKV, arXiv 2402.18096",
+        ),
+        *(
+            _preset(
+                f"rotated-{bits}", f"all but the newest rotated, {bits} bits", H2O(recent=RESIDUAL, recent_share=0.0),
+                tiers((1.0, f"rotated{bits}")),
+            )
+            for bits in (4, 3, 2)
+        ),
+        Preset(
+            name="auto", summary="replay over rotated tiers, as many bits as the bytes allow", policy=Replay(),
+            parts=tiers((0.4, "rotated4", "rotated3"), (0.6, "rotated3", "rotated2")), ladder=AUTO,
+        ),
+    )
+}  # fmt: skip
+
+
+def make_preset(spec: str | Policy | Preset, **options) -> Preset:
+    """A cache by name, with options of its policy; a policy alone keeps what it keeps in bfloat16.
+
+    Raises: ValueError for a name that is not in the table or an option that the policy does not have.
+    """
+    if isinstance(spec, str):
+        if spec not in PRESETS:
+            raise ValueError(f"unknown cache {spec!r}; known: {', '.join(PRESETS)}")
+        spec = PRESETS[spec]
+    if isinstance(spec, Preset):
+        return dataclasses.replace(spec, policy=make_policy(spec.policy, **options)) if options else spec
+    policy = make_policy(spec, **options)
+    parts = one_tier(COMPUTE if isinstance(policy, Full) else "bf16")
+    return Preset(name=policy.name, summary=policy.summary, policy=policy, parts=parts)

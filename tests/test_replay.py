@@ -1,0 +1,34 @@
+"""How a context and its replay are laid out in one row."""
+
+import numpy as np
+
+from infer.replay import CHUNK, LEAST, with_replay
+
+
+def lay(rows, **options):
+    return with_replay(rows, **{"start": 0, "window": 8192, "repeat": [7, 8], "grid": lambda n: n} | options)
+
+
+def test_by_hand():
+    out = lay([[1, 2, 3], [4]])
+    assert out["tokens"].tolist() == [[1, 2, 3, 7, 8, 1, 2, 3], [4, 7, 8, 4, 0, 0, 0, 0]]
+    assert out["replay"].tolist() == [[0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 0, 0, 0]]
+    assert out["segments"].tolist() == [[-1, -1, -1, 0, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0, 0, 0]]
+    assert out["valid"].tolist() == [[True] * 8, [True] * 4 + [False] * 4]
+
+
+def test_long_contexts_are_cut_and_each_chunk_starts_behind_the_context():
+    row = list(range(CHUNK + 5))
+    out = lay([row], repeat=[7])
+    size = len(row)
+    assert out["segments"][0, size:].tolist() == [0] * (CHUNK + 1) + [1] * 6
+    assert out["replay"][0, size:].tolist() == [*range(1, CHUNK + 2), *range(1, 7)]
+    assert out["tokens"][0, size:].tolist() == [7, *row[:CHUNK], 7, *row[CHUNK:]]
+
+
+def test_near_the_windows_end_chunks_get_shorter_down_to_a_floor():
+    row = list(range(1000))
+    reach = lambda out, start: start + len(row) + out["replay"].max()
+    assert reach(lay([row], start=600, window=2000), 600) == 2000
+    assert lay([row], start=900, window=2000)["replay"].max() == LEAST + 2
+    assert {int(x) for x in np.unique(lay([row], start=600, window=2000)["segments"])} == {-1, 0, 1, 2}
