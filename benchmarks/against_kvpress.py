@@ -37,12 +37,12 @@ def main():
     parser.add_argument("--caches", default=",".join(OURS))
     parser.add_argument("--context", type=int, default=1900)
     parser.add_argument("--excerpts", type=int, default=3, help="of each text")
-    parser.add_argument("--samples", type=int, default=32, help="questions a task, of each text")
+    parser.add_argument("--contexts", type=int, default=5, help="of each text, 8 questions each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
-    lm, sides = infer.load("smollm2"), []
+    lm, sides, samples = infer.load("smollm2"), [], questions(arguments)
     for number, name in enumerate(arguments.text):
         text = load_text(name)
         work = arguments.folder / f"work-{number}.json"
@@ -53,7 +53,7 @@ def main():
         if todo:
             known += evaluate(
                 lm, text=text, caches=todo, budgets=[f"{share:.2%}" for share in SHARES], tasks=TASKS,
-                context=arguments.context, next_tokens=128, excerpts=arguments.excerpts, samples=arguments.samples,
+                context=arguments.context, next_tokens=128, excerpts=arguments.excerpts, samples=samples,
                 seed=arguments.seed, progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
             )  # fmt: skip
             mine.write_text(json.dumps(known))
@@ -63,16 +63,21 @@ def main():
     record(
         arguments.out,
         title=f"Against kvpress 0.5.5, SmolLM2-135M, {arguments.context} tokens, compressed before the question is known",
-        command=f"python benchmarks/against_kvpress.py FOLDER --text {names} --excerpts {arguments.excerpts} --samples"
-        f" {arguments.samples} --seed {arguments.seed}",
+        command=f"python benchmarks/against_kvpress.py FOLDER --text {names} --excerpts {arguments.excerpts} --contexts"
+        f" {arguments.contexts} --seed {arguments.seed}",
         rows=table(sides),
     )
+
+
+def questions(arguments) -> dict[str, int]:
+    """All that the facts of the contexts allow."""
+    return {"passkey": arguments.contexts, "magic": 7 * arguments.contexts}
 
 
 def ask(lm, text, arguments) -> dict:
     """What `evaluate` asks, as ids for the peers."""
     tokens = _excerpts(lm, text, arguments.context + 129, arguments.excerpts, arguments.seed).tolist()
-    contexts = _contexts(lm, text, TASKS, arguments.context, arguments.samples, None, arguments.seed)
+    contexts = _contexts(lm, text, TASKS, arguments.context, questions(arguments), None, arguments.seed)
     asked = [[_encode(lm.tokenizer, question) for question in one.questions] for one in contexts]
     prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]
     reserve = max([128, *(len(q.ask) + len(q.answer) for group in asked for q in group)])

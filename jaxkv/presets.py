@@ -39,7 +39,8 @@ class Preset:
     """A named cache.
 
     source: of the whole, where it is not the policy's. funnel: the first layer's budget over the last one's, linear in
-    between. ladder: (least share, parts), the largest share first: the first whose share the budget reaches, else `parts`.
+    between. calibrated: layers get what `jaxkv.calibration` says of the model, where it is known. ladder: (least share,
+    parts), the largest share first: the first whose share the budget reaches, else `parts`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Preset:
     parts: tuple[Part, ...]
     source: str = ""
     funnel: float = 1.0
+    calibrated: bool = False
     ladder: tuple[tuple[float, tuple[Part, ...]], ...] = ()
 
     def __post_init__(self):
@@ -120,7 +122,7 @@ PRESETS: dict[str, Preset] = {
             for bits in (4, 3, 2)
         ),
         Preset(
-            name="auto", summary="replay over rotated tiers, as many bits as the bytes allow", policy=Replay(),
+            name="auto", summary="replay over rotated tiers, as many bits as the bytes allow", policy=Replay(), calibrated=True,
             parts=tiers((0.4, "rotated4", "rotated3"), (0.6, "rotated3", "rotated2")), ladder=AUTO,
         ),
     )

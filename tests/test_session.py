@@ -6,6 +6,7 @@ import pytest
 from command_harness import BLOCK, LETTERS, assert_refused
 
 import infer
+from jaxkv.cache import StateFileError
 
 # chat
 
@@ -119,3 +120,32 @@ def test_sessions_within_the_window(session):
         with pytest.raises(ValueError, match=f"from 1 to 2048, the model's window, got {length}"):
             infer.Session(session.lm, max_tokens=length)
     assert infer.Session(session.lm, max_tokens=2049, streaming=True).ask("abc", max_new_tokens=2).text
+
+
+@pytest.mark.parametrize("cache, budget", [("full", None), ("auto", 120), ("mikv", 90)])
+def test_a_saved_session_goes_on_elsewhere(alphabet, tmp_path, cache, budget):
+    mine = infer.load(alphabet).session(cache=cache, budget=budget, max_tokens=160)
+    mine.extend("abcdef" * 12)
+    mine.save(tmp_path / "state")
+    other = infer.load(alphabet).load_session(tmp_path / "state")  # as another process would
+    assert other.cache_bytes == mine.cache_bytes and other.position == mine.position
+    for remember in (False, True):
+        one, two = (s.ask("xyz", max_new_tokens=4, remember=remember) for s in (mine, other))
+        assert one.token_ids == two.token_ids and len(one.token_ids) == 4
+    other.save(tmp_path / "again")
+    assert infer.load(alphabet).load_session(tmp_path / "again").position == other.position
+
+
+def test_a_saved_session_of_another_model_is_refused(session, tmp_path):
+    session.save(tmp_path / "state")
+    other = infer.LanguageModel.__new__(infer.LanguageModel)
+    other.config, other.params = session.lm.config, {"head": {"kernel": session.lm.params["head"]["kernel"] + 1}}
+    with pytest.raises(StateFileError, match="of another model"):
+        infer.Session.load(other, tmp_path / "state")
+    (tmp_path / "text").write_text("not a state")
+    with pytest.raises(StateFileError, match="cut short, or not a saved state"):
+        session.lm.load_session(tmp_path / "text")
+    before = (tmp_path / "state").read_bytes()
+    with pytest.raises(OSError, match="No such file"):
+        session.save(tmp_path / "absent" / "state")
+    assert (tmp_path / "state").read_bytes() == before

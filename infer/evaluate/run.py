@@ -13,7 +13,7 @@ import functools
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,7 +83,7 @@ def evaluate(
     next_tokens: int,
     scored: int | None = None,
     excerpts: int,
-    samples: int | None,
+    samples: int | Mapping[str, int] | None,
     samples_file: str | os.PathLike[str] | None = None,
     seed: int = 0,
     protocol: str = COMPRESS_THEN_ASK,
@@ -100,7 +100,8 @@ def evaluate(
       text: where the excerpts and the filler of the generated tasks come from.
       caches: names of policies, or policies; `full` gives one row, whatever the budgets. budgets: as `jaxkv` spells
         them ("25%", "512", "8MiB"), of context plus what follows.
-      tasks: names of `TASKS`; samples: questions per task; None or 0: no questions. samples_file: these instead.
+      tasks: names of `TASKS`; samples: questions per task, or task -> number; None or 0: no questions. samples_file: these
+        instead.
       context, next_tokens: in tokens. scored: so many of the next tokens, the last ones, count; None = all. excerpts: how
         many, at least 0 (no language modelling).
       protocol: "compress then ask" (the cache shrinks before the question is known), or "ask with context" (it shrinks
@@ -121,7 +122,7 @@ def evaluate(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if scored is not None and not 1 <= scored <= next_tokens:
         raise ValueError(f"scored must be from 1 to {next_tokens}, the next tokens, got {scored}")
-    if samples is not None and samples < 0:
+    if isinstance(samples, int) and samples < 0:
         raise ValueError(f"samples must not be negative, got {samples}")
     contexts = _contexts(lm, text, tasks, context, samples, samples_file, seed)
     prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]

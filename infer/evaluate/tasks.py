@@ -15,7 +15,7 @@ import os
 import pathlib
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 INTRO = "Some special facts are hidden within the following text. Memorize them. I will ask you about them later.\n\n"
@@ -116,7 +116,13 @@ def encode_context(tokenizer: Any, text: str) -> list[int]:
 
 
 def make_samples(
-    tasks: Sequence[str], *, filler: str, tokenizer: Any, context_tokens: int, samples: int, seed: int
+    tasks: Sequence[str],
+    *,
+    filler: str,
+    tokenizer: Any,
+    context_tokens: int,
+    samples: int | Mapping[str, int],
+    seed: int,
 ) -> list[Context]:
     """Contexts of nearly, never more than, `context_tokens` tokens, with `samples` questions of each task in all.
 
@@ -124,20 +130,21 @@ def make_samples(
     The same arguments give the same samples.
 
     Args:
-      tasks: names from `TASKS`. filler: any text. samples: questions per task, at least 1.
+      tasks: names from `TASKS`. filler: any text. samples: questions per task, at least 1, or task -> number.
       tokenizer: `encode(text) -> list[int]`; its chat template, if it has one, gives the strings around the turns.
     Raises: ValueError for an unknown task, no samples, a context too short for the facts, or too little filler.
     """
     unknown = [name for name in tasks if name not in TASKS]
     if unknown or len(set(tasks)) != len(tasks):
         raise ValueError(f"unknown or repeated task in {list(tasks)}; known: {', '.join(TASKS)}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    wanted = dict(samples) if isinstance(samples, Mapping) else dict.fromkeys(tasks, samples)
+    if set(wanted) != set(tasks) or any(number < 1 for number in wanted.values()):
+        raise ValueError(f"samples must be at least 1 for each of {list(tasks)}, got {samples}")
     if not tasks:
         return []
     sentences = split_sentences(filler)
     before_user, after_user = _chat_strings(tokenizer)
-    count = max(-(-samples // TASKS[name].per_context) for name in tasks)
+    count = max(-(-wanted[name] // TASKS[name].per_context) for name in tasks)
     contexts = []
     for index in range(count):
         rng = random.Random(f"jaxkv {seed} {index}")  # a string seeds the same everywhere
@@ -145,7 +152,7 @@ def make_samples(
         text = _hide(facts, rng, sentences, before_user + INTRO, tokenizer, context_tokens)
         questions = []
         for name in tasks:
-            here = samples * (index + 1) // count - samples * index // count
+            here = wanted[name] * (index + 1) // count - wanted[name] * index // count
             questions += [TASKS[name].ask(facts, i) for i in range(here)]
         contexts.append(Context(id=f"seed{seed}-{index}", context=text, questions=tuple(questions)))
     return contexts

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxkv.cache.state import empty_state
+from jaxkv.calibration import Calibration, find
 from jaxkv.config import DecoderConfig
 from jaxkv.policies import Full, Policy
 from jaxkv.presets import COMPUTE, Part, Preset, make_preset, one_tier
@@ -139,8 +140,10 @@ def plan(
     layout = functools.partial(
         _Layout, config=config, policy=preset.policy, dtype=dtype, positions="int16" if longest < 2**15 else "int32"
     )
-    whole = layout(parts=one_tier(COMPUTE) if preset.exact else preset.parts, grid=slot_grid, weights=None, floor=0)
+    whole = layout(parts=one_tier(COMPUTE) if preset.exact else preset.parts, grid=slot_grid)
     cut = layout(parts=preset.parts, grid=fine_grid, weights=weights, floor=least if layer_weights is None else 0)
+    if preset.calibrated and layer_weights is None:
+        cut = dataclasses.replace(cut, calibration=find(config))
     if asked.kind == "tokens" or asked.amount == 1 and asked.kind == "share":
         most, room = (int(asked.amount) if asked.kind == "tokens" else longest), [math.inf] * len(lengths)
     else:
@@ -197,7 +200,7 @@ class _Layout:
     """How many places the tiers get in each layer, and what they cost. Arrays are [L, tiers].
 
     positions: dtype, as narrow as the longest row allows. weights: of the layers, None = each holds its whole row. floor:
-    tokens that every layer gets if it was to get any.
+    tokens that every layer gets if it was to get any. calibration: of the model, in place of weights.
     """
 
     config: DecoderConfig
@@ -206,14 +209,16 @@ class _Layout:
     positions: str
     parts: tuple[Part, ...]
     grid: Callable[[int], int]
-    weights: list[float] | None
-    floor: int
+    weights: list[float] | None = None
+    floor: int = 0
+    calibration: Calibration | None = None
 
     def limits(self, tokens: int, length: int) -> np.ndarray:
         """Places when a layer of weight 1 keeps `tokens` of `length`."""
-        rows = []
-        for index, kind in enumerate(self.config.layers):
-            weight = 1.0 if self.weights is None else self.weights[index]
+        rows, weights = [], self.weights or [1.0] * self.config.num_layers
+        if self.calibration is not None and tokens:
+            weights = [share * length / tokens for share in self.calibration.shares(tokens / length)]
+        for weight, kind in zip(weights, self.config.layers, strict=True):
             wanted = tokens if weight == 1.0 else max(1, int(tokens * weight), min(self.floor, tokens))
             rows.append(_split(self.parts, min(wanted, length, length if kind.window is None else kind.window)))
         return np.asarray(rows)
