@@ -12,6 +12,7 @@ from cache_harness import (
     EVICTING,
     MIXED,
     PARAMS,
+    QUICK,
     SLOTS,
     B,
     assert_contained,
@@ -43,7 +44,7 @@ every_pair = pytest.mark.parametrize(
     ("model", "name"),
     [
         pytest.param(model, name, marks=() if (model, name) in FAST else pytest.mark.slow)
-        for model in MODELS for name in POLICIES
+        for model in MODELS for name in QUICK
     ],
 )  # fmt: skip
 
