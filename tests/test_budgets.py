@@ -59,7 +59,13 @@ def bytes_of_arguments(memory, beside):
     return memory.argument_size_in_bytes - tree_bytes(beside)
 
 
-@pytest.mark.parametrize(("name", "share"), [(n, s) for n in PRESETS for s in (1.0, 0.6) if n != "full" or s == 1.0])
+BOTH = [(n, s) for n in PRESETS for s in (1.0, 0.6) if n != "full" or s == 1.0]
+QUICK = {("full", 1.0), ("h2o", 0.6), ("mikv", 0.6), ("auto", 0.6), ("rotated-3", 1.0), ("keydiff", 0.6)}
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in BOTH]
+)
 def test_bytes_are_the_compiled_programs(name, share):
     """What is reported for a row, three times, is what the program takes: its arguments without parameters and flags."""
     planned = plan(CONFIG, name, f"{share:.0%}", lengths=LENGTHS, dtype="float32")

@@ -48,6 +48,7 @@ from cache_harness import (
 
 from jaxkv.cache import compress, concat, decode, drop, empty_state, extend, forward, insert, live_count
 from jaxkv.cache.attend import retention
+from jaxkv.cache.state import plain_entries
 from jaxkv.policies import H2O, Full, Random, Scissorhands, ScissorhandsReference
 from jaxkv.quantization import get_scheme
 from jaxkv.types import Encoded, Entries, LayerSpec, Rows, Tier, TierSpec
@@ -514,12 +515,29 @@ def test_concat_keeps_local_layers_within_their_window():
     assert int(live_count(joined.layers[0].tiers[0]).max()) > WINDOW
 
 
-def test_a_scheme_that_tiers_do_not_read_is_refused():
-    """Never stored and then read as something else."""
-    for scheme in (("rotated4", "bf16"), ("f32", "int4")):
-        spec = (LayerSpec(policy=Full(), tiers=(TierSpec(slots=8, scheme=scheme),)),) * 2
-        with pytest.raises(ValueError, match=r"layer 0: .* '(rotated4|int4)' yet; known: f32, bf16"):
-            empty_state(PLAIN, spec, limits=np.full((2, 1, B), 8), lengths=[8] * B)
+LISTED = ((6,) * B, (9,) * B)
+
+
+def test_concat_of_quantized_tiers():
+    """Tier by tier: values as they were, keys turned and encoded once more, positions behind the first's."""
+    make = lambda seed, scheme: read(
+        small("recency"), dataclasses.replace(make_case(seed, LISTED), valid=np.ones((B, T), bool)), PLAIN,
+        slots=(16, 16), scheme=scheme,
+    )[1]  # fmt: skip
+    first, second = (make(seed, ("bf16", "rotated4")) for seed in (0, 1))
+    both = concat(first, second, config=PLAIN)
+    for a, b, joined in zip(first.layers, second.layers, both.layers, strict=True):
+        for one, two, tier in zip(a.tiers, b.tiers, joined.tiers, strict=True):
+            np.testing.assert_array_equal(tier.positions[..., 16:], np.where(two.positions >= 0, two.positions + T, -1))
+            np.testing.assert_array_equal(tier.limit, one.limit + two.limit)
+            np.testing.assert_array_equal(value_codes(tier)[:, :, :16], value_codes(one))
+            np.testing.assert_array_equal(value_codes(tier)[:, :, 16:], value_codes(two))
+            norms = [np.linalg.norm(plain_entries(x, None)[0], axis=-1) for x in (two, tier)]
+            live = np.asarray(two.positions) >= 0
+            np.testing.assert_allclose(norms[1][:, :, 16:][live], norms[0][live], rtol=0.2)  # a turn keeps lengths
+    one, two = (make(seed, ("bf16", ("balanced-int4", "int4"))) for seed in (0, 1))
+    with pytest.raises(ValueError, match="balances differ .layer 0."):
+        concat(one, two, config=PLAIN)
 
 
 def test_concat_refuses_what_does_not_match():

@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_harness import EVICTING, MIXED, PARAMS, PLAIN, assert_rows_equal, go_on, make_case, new_state, read, small
+from cache_harness import (
+    MIXED,
+    PARAMS,
+    PLAIN,
+    assert_rows_equal,
+    every_evicting,
+    go_on,
+    make_case,
+    new_state,
+    read,
+    small,
+)
 
 from jaxkv import decoder
 from jaxkv.cache import StateFileError, fingerprint, pack_state, unpack_state
@@ -24,7 +35,7 @@ def packed(name="h2o", extra=None):
     return case, state, pack_state(state, model=MODEL, extra=extra or {})
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@every_evicting
 def test_a_loaded_state_goes_on_as_the_saved_one(name):
     case, state, data = packed(name, {"note": [1, "two"]})
     back, extra = unpack_state(data, config=MIXED, model=MODEL, where="here")

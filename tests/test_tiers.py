@@ -44,7 +44,7 @@ LISTS = {
     "balanced under rotation": (("balanced-rotated3", "rotated4"), ("balanced-int4", "int3")),
 }
 PAIRS = [(name, tuple(LISTS)[(i + k) % len(LISTS)]) for i, name in enumerate(EVICTING) for k in (0, 3)]
-QUICK = PAIRS[::4]  # the other pairs are slow
+QUICK = PAIRS[::5]  # the other pairs are slow
 every_pair = pytest.mark.parametrize(
     "name, tiers", [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
 )

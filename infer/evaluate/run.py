@@ -145,7 +145,7 @@ def evaluate(
     task_plans = [price(case.preset, case.budget, lengths=lengths) for case in cases] if prompts else None
     steps = _Steps(progress, (1 + len(cases)) * (bool(excerpts) + len(contexts)))
     policies = [case.preset.policy for case in cases]
-    observe = tuple(dict.fromkeys(policy.watcher for policy in policies if policy.needs_attention))
+    observe = tuple(dict.fromkeys(policy.watcher for policy in policies if policy.stateful))
 
     balance = any(wants_balance(layer) for planned in (text_plans or task_plans) for layer in planned.spec)
     rows = []

@@ -138,8 +138,10 @@ def make_samples(
     if unknown or len(set(tasks)) != len(tasks):
         raise ValueError(f"unknown or repeated task in {list(tasks)}; known: {', '.join(TASKS)}")
     wanted = dict(samples) if isinstance(samples, Mapping) else dict.fromkeys(tasks, samples)
-    if set(wanted) != set(tasks) or any(number < 1 for number in wanted.values()):
-        raise ValueError(f"samples must be at least 1 for each of {list(tasks)}, got {samples}")
+    if set(wanted) != set(tasks):
+        raise ValueError(f"samples are given for {list(wanted)}, the tasks are {list(tasks)}")
+    if tasks and min(wanted.values()) < 1:
+        raise ValueError(f"samples must be at least 1, got {min(wanted.values())}")
     if not tasks:
         return []
     sentences = split_sentences(filler)

@@ -18,6 +18,7 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits) -> State:
     The source is not consumed.
 
     Args: spec: a LayerSpec per layer, all of one policy. limits: int [L, tiers, B], slots that each row may use.
+    What a policy learns from keys alone is computed from those that are left where it was not observed.
     Raises: ValueError if `state` was not made with `Full`, or needs attention statistics that it did not observe.
     """
     limits = np.asarray(limits)
@@ -56,7 +57,7 @@ def _compress(layer, next_position, limits, index, *, spec):
     if isinstance(policy, Full):
         kept = {p.name: source.slots[p.name] for p in policy.observe}
         row = {p.name: layer.row[p.name] for p in policy.observe}
-    elif policy.needs_attention:
+    elif policy.stateful and policy.name in source.slots:
         kept, row = source.slots[policy.name], layer.row[policy.name]
     else:
         row = policy.advance(policy.enter_row((batch, heads, keys.shape[-1]), index), next_position, keys, live[:, 0])

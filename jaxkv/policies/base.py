@@ -42,6 +42,11 @@ class Policy:
             raise ValueError(f"sinks must not be negative, got {self.sinks}")
 
     @property
+    def stateful(self) -> bool:
+        """Whether slots keep anything."""
+        return type(self).enter is not Policy.enter
+
+    @property
     def watcher(self) -> "Policy":
         """This policy without its protection: policies with the same watcher gather the same statistics."""
         return dataclasses.replace(self, recent=1, sinks=0)

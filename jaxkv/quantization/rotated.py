@@ -14,6 +14,7 @@ rotated in blocks of the largest power of two that divides them.
 """
 
 import functools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,9 @@ def _curve(bits: int) -> np.ndarray:
     levels = lloyd_max(bits)
     t = np.arange(2 ** (bits - 1)) + 0.5
     powers = t[:, None] ** np.array([1, 3, 5])[None, : 2 ** (bits - 1)]
-    share = np.exp(-(levels[len(t) :] ** 2) / 2)  # as often as the normal distribution has them
+    edges = np.concatenate([[0.0], (levels[len(t) : -1] + levels[len(t) + 1 :]) / 2, [np.inf]])
+    below = np.array([math.erf(x / math.sqrt(2)) for x in edges])
+    share = np.sqrt(below[1:] - below[:-1])  # as often as the normal distribution has them
     found = np.linalg.lstsq(powers * share[:, None], levels[len(t) :] * share, rcond=None)[0]
     return np.pad(found, (0, 3 - len(found)))
 
