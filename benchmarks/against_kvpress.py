@@ -62,11 +62,19 @@ def main():
     names = " ".join(pathlib.Path(name).name for name in arguments.text)
     record(
         arguments.out,
-        title=f"Against kvpress 0.5.5, SmolLM2-135M, {arguments.context} tokens, compressed before the question is known",
+        title="Against kvpress 0.5.5 on SmolLM2-135M: KL(full || compressed) in nats and right answers [95 %], at shares of the"
+        f" bytes of a full bfloat16 cache; {arguments.context} tokens, compressed before the question is known",
         command=f"python benchmarks/against_kvpress.py FOLDER --text {names} --excerpts {arguments.excerpts} --contexts"
         f" {arguments.contexts} --seed {arguments.seed}",
-        rows=table(sides),
+        rows=table([side for side in sides if side[1]] or sides),
+        peers=versions(sides),
     )
+
+
+def versions(sides) -> dict[str, dict[str, str]]:
+    """What the peers say they ran on."""
+    notes = [row["note"] for _, peers in sides for row in peers if row["method"] == "full"]
+    return {"peers": dict(part.split(" ", 1) for part in notes[0].split(", "))} if notes else {}
 
 
 def questions(arguments) -> dict[str, int]:
@@ -96,38 +104,42 @@ def ask(lm, text, arguments) -> dict:
 
 
 def table(sides) -> list[dict]:
-    """A line per method and share, over all texts; ours first."""
+    """A line per method, over all texts that both sides have read: KL and right answers at each share; least KL first."""
     lines = {}
     for ours, peers in sides:
         for row in ours:
-            share = "" if row["cache"] == "full" else row["budget"]
-            line = lines.setdefault((f"jaxkv {row['cache']}", share), _empty())
-            line["bytes"].append(row["share"])
-            line["kl"].append(row["kl_mean"])
-            for task in TASKS:
-                line["right"] += round(row["accuracy"][task] * row["asked"][task])
-                line["asked"] += row["asked"][task]
+            add(lines, f"jaxkv {row['cache']}", row["budget"] if row["cache"] != "full" else "full", row["share"], row)
         for row in peers:
-            share = "" if row["share"] is None or row["method"] == "full" else f"{row['share']:.2%}"
-            line = lines.setdefault((row["method"], share), _empty())
-            line["bytes"].append(row["bytes_share"])
-            line["kl"].append(row["kl_mean"])
-            line["right"] += sum(row["right"].values())
-            line["asked"] += sum(row["asked"].values())
-    order = lambda item: (-float(item[0][1].rstrip("%") or 100), min(item[1]["kl"]))
-    return [
-        {
-            "budget": share or "-", "method": name, "bytes": f"{np.mean(line['bytes']):.1%}",
-            "KL": f"{np.mean(line['kl']):.4f}", "KL by text": ", ".join(f"{kl:.4f}" for kl in line["kl"]),
-            "right": f"{line['right']} of {line['asked']}",
-            "95 %": "{:.0%}-{:.0%}".format(*metrics.wilson(line["right"], line["asked"])),
-        }
-        for (name, share), line in sorted(lines.items(), key=order)
-    ]  # fmt: skip
+            share = "full" if row["method"] == "full" else "own" if row["share"] is None else f"{row['share']:.2%}"
+            add(lines, row["method"], share, row["bytes_share"], row)
+    columns = [f"{share:.2%}" for share in SHARES]
+    least = lambda shares: min(np.mean(cell["kl"]) for cell in shares.values())
+    rows = []
+    for method, shares in sorted(lines.items(), key=lambda item: least(item[1])):
+        row = {"method": method}
+        for column in columns:
+            row[f"{float(column[:-1]):g}%"] = show(shares[column]) if column in shares else ""
+        other = next((cell for name, cell in shares.items() if name not in columns), None)
+        row["at its own size"] = f"{np.mean(other['bytes']):.0%}: {show(other)}" if other else ""
+        rows.append(row)
+    return rows
 
 
-def _empty():
-    return {"bytes": [], "kl": [], "right": 0, "asked": 0}
+def add(lines, method, share, size, row):
+    """One measurement into the cell of its method and share."""
+    cell = lines.setdefault(method, {}).setdefault(share, {"bytes": [], "kl": [], "right": 0, "asked": 0})
+    cell["bytes"].append(size)
+    cell["kl"].append(row["kl_mean"])
+    for task in TASKS:
+        asked = row["asked"][task]
+        cell["right"] += row["right"][task] if "right" in row else round(row["accuracy"][task] * asked)
+        cell["asked"] += asked
+
+
+def show(cell) -> str:
+    """KL in nats, right answers, and their 95 % interval."""
+    low, high = metrics.wilson(cell["right"], cell["asked"])
+    return f"{np.mean(cell['kl']):.4f}; {cell['right']} of {cell['asked']} [{low:.0%}-{high:.0%}]"
 
 
 if __name__ == "__main__":
