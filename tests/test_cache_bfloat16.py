@@ -33,7 +33,7 @@ from cache_harness import (
 )
 
 from jaxkv.cache import compress
-from jaxkv.policies import POLICIES, Full
+from jaxkv.policies import Full
 from jaxkv.quantization import get_scheme
 
 MODELS = {"float32": PARAMS, "bfloat16": jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)}
@@ -110,7 +110,7 @@ def test_against_the_reference(model, name):
             for step in np.flatnonzero(case.then_valid[:, row]):
                 expected = reference.read(case.then[step, row : row + 1])[0]
                 if not all(same_sets(reference, [layer[0][step] for layer in steps], row)):
-                    assert POLICIES[name].needs_attention
+                    assert small(name).stateful
                     undecided += 1
                     break
                 found = np.asarray(hiddens[step, row], np.float64)
@@ -139,7 +139,7 @@ def test_extend_by_one_is_decode(model, name):
             [live_set(a[0][step, row, p]) == live_set(b[0][step, row, p]) for a, b in zip(held, positions, strict=True)]
             for step in range(len(found)) for p in range(2)
         ]  # fmt: skip
-        assert np.all(sets) or (model == "bfloat16" and POLICIES[name].needs_attention)
+        assert np.all(sets) or (model == "bfloat16" and small(name).stateful)
         if np.all(sets):
             valid = case.then_valid[:, row]
             a, b = (np.asarray(x[valid, row], np.float64) for x in (found, hiddens))

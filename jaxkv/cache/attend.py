@@ -191,6 +191,7 @@ def _store(layer, keys, values, statistics, context, *, config, kind):
     policy = layer.policy
     shape = keys.shape[:3]
     statistics = statistics or ((),) * (len(layer.tiers) + 1)
+    own_statistic = policy.smooth(statistics[-1], context.lasting) if policy.needs_attention else ()
     absorb = lambda slots, statistic: policy.absorb(slots, statistic, layer.row, context.count)
     slots = [tier.slots for tier in layer.tiers]  # of tiers that were not attended to, being empty, they say nothing
     if len(statistics) == len(layer.tiers) + 1:
@@ -202,7 +203,7 @@ def _store(layer, keys, values, statistics, context, *, config, kind):
         keys=keys,
         values=values,
         positions=spread(own),
-        slots=absorb(policy.enter(keys, values, row), statistics[-1]),
+        slots=absorb(policy.enter(keys, values, row), own_statistic),
         valid=spread(context.candidates),
         balance=layer.balance,
     )

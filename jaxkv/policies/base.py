@@ -83,6 +83,10 @@ class Policy:
         """Statistics of two blocks of query rows -> of both; zeros are neutral."""
         return jax.tree.map(jnp.add, one, other)
 
+    def smooth(self, statistic: Any, there: Array) -> Any:
+        """The merged statistic of an extend's own tokens, in their order, before they absorb it. there [B, n] bool."""
+        return statistic
+
     def absorb(self, slots: Any, statistic: Any, row: Any, count: Array) -> Any:
         """Slots after `count` [B] more query rows, whose summed statistic is given. `row` is from before them."""
         return slots

@@ -45,6 +45,9 @@ class Full(Policy):
     def merge(self, one, other):
         return {q.name: q.merge(one[q.name], other[q.name]) for q in self.observe if q.needs_attention}
 
+    def smooth(self, statistic, there):
+        return {q.name: q.smooth(statistic[q.name], there) for q in self.observe if q.needs_attention}
+
     def absorb(self, slots, statistic, row, count):
         statistic = dict(statistic)  # () when no observed policy needs attention
         return {q.name: q.absorb(slots[q.name], statistic.get(q.name, ()), row[q.name], count) for q in self.observe}

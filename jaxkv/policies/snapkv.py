@@ -42,17 +42,18 @@ class SnapKV(Policy):
 
     def row_statistic(self, p, visible, rows, row):
         near = rows.valid & (rows.remaining < self.window)
-        total = jnp.einsum("bpts,bt->bps", mean_vote(p), near.astype(p.dtype))
-        return {"attention": self._pooled(total, visible.any(axis=2)) if rows.own else total}
+        return {"attention": jnp.einsum("bpts,bt->bps", mean_vote(p), near.astype(p.dtype))}
 
-    def _pooled(self, x, there):
-        """The mean over `pool` neighbours in the order of tokens, [B, P, S]; those that are not `there` do not count."""
+    def smooth(self, statistic, there):
+        """The mean over `pool` neighbours; those that are not `there` do not count."""
+        x = statistic["attention"]
+        there = jnp.broadcast_to(there[:, None], x.shape)
         order = jnp.argsort(~there, axis=-1, stable=True)
         packed = jnp.where(jnp.take_along_axis(there, order, axis=-1), jnp.take_along_axis(x, order, axis=-1), 0.0)
         side = self.pool // 2
         wide = jnp.pad(packed, ((0, 0), (0, 0), (side, side)))
         mean = sum(wide[..., i : i + x.shape[-1]] for i in range(self.pool)) * (1.0 / self.pool)
-        return jnp.where(there, jnp.take_along_axis(mean, jnp.argsort(order, axis=-1), axis=-1), 0.0)
+        return {"attention": jnp.where(there, jnp.take_along_axis(mean, jnp.argsort(order, axis=-1), axis=-1), 0.0)}
 
     def absorb(self, slots, statistic, row, count):
         fade = (1.0 - 1.0 / self.window) ** expand(count.astype(jnp.float32), slots["attention"])
