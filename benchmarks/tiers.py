@@ -25,7 +25,7 @@ from jaxkv.policies import Full, Recency
 from jaxkv.presets import Preset, make_preset, one_tier
 
 STEPS = 16
-SCHEMES = ("float32", "bf16", "int8", "rotated4", "rotated3", "rotated2")
+SCHEMES = ("float32", "int8", "rotated4", "rotated3", "rotated2")
 
 
 def main():
