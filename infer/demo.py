@@ -17,7 +17,7 @@ from infer.prefill import new_state, read
 from infer.sampling import Sampling
 from infer.texts import python_reference
 
-CACHES = ["full", "auto", "scissorhands", "h2o", "recency", "random"]
+CACHES = ["full", "scissorhands", "h2o", "recency", "random"]
 
 
 def main() -> int:
