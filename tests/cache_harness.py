@@ -304,10 +304,12 @@ def check_survivors(results):
             np.testing.assert_array_equal(*keys)
 
 
-def check_oracle(
-    policy, case, results, config, row, oracle=cache_reference.Reference, atol=tolerances.HIDDEN, step=0.0, **more
-):
-    """Whether the kept sets of one row are the reference's, and its margin; if they are, the numbers must be as well."""
+def check_oracle(policy, case, results, config, row, oracle=cache_reference.Reference, ties=0, **more):
+    """Whether the kept sets of one row are the reference's, and its margin; if they are, the numbers must be as well.
+
+    ties: how many stored vectors may be one step of bfloat16 off, rounded the other way in float32. With one of those, and
+    in a row that may have held one that has left, hidden states are held to `HIDDEN_TIED`; the latter row is undecided.
+    """
     hidden, after, hiddens, steps, final = results
     reference = oracle(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config)[..., row], **more)
     prompt = case.valid[row].any()
@@ -325,18 +327,27 @@ def check_oracle(
             for i, layer in enumerate(steps) for n, tier in enumerate(layer) for p in range(2)
         )  # fmt: skip
     if same:
-        np.testing.assert_allclose(np.vstack(found), np.vstack(expected), rtol=0, atol=atol)
-        for i, layer in enumerate(final.layers):
-            for n, tier in enumerate(layer.tiers):
-                check_entries(tier, layer.balance, reference.layers[i], n, row, step)
+        tied = sum(
+            check_entries(tier, layer.balance, reference.layers[i], n, row, tolerances.BF16_STEP if ties else 0.0)
+            for i, layer in enumerate(final.layers) for n, tier in enumerate(layer.tiers)
+        )  # fmt: skip
+        assert tied <= ties
+        found, expected = np.vstack(found), np.vstack(expected)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerances.HIDDEN_TIED if ties else tolerances.HIDDEN)
+        if not tied and not np.allclose(found, expected, rtol=0, atol=tolerances.HIDDEN):
+            return False, 0.0
     return same, reference.margin
 
 
 def check_entries(tier, balance, heads, number, row, step):
+    """Keys and values of a tier are the reference's, or within `step` of them. Returns: how many vectors are that far."""
     keys, values = (np.asarray(x, np.float32) for x in plain_entries(tier, balance))
+    tied = 0
     for p, tiers in enumerate(heads):
         slot_of = {int(at): slot for slot, at in enumerate(tier.positions[row, p])}
         for token in tiers[number]:
-            key, value = (x[row, p, slot_of[token.position]] for x in (keys, values))
-            np.testing.assert_allclose(key, token.key, rtol=step, atol=tolerances.ENTRIES)
-            np.testing.assert_allclose(value, token.value, rtol=step, atol=tolerances.ENTRIES)
+            for stored, expected in ((keys, token.key), (values, token.value)):
+                found = stored[row, p, slot_of[token.position]]
+                np.testing.assert_allclose(found, expected, rtol=step, atol=tolerances.ENTRIES)
+                tied += not np.allclose(found, expected, rtol=0, atol=tolerances.ENTRIES)
+    return tied

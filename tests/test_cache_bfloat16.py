@@ -44,7 +44,7 @@ every_pair = pytest.mark.parametrize(
     ("model", "name"),
     [
         pytest.param(model, name, marks=() if (model, name) in FAST else pytest.mark.slow)
-        for model in MODELS for name in QUICK
+        for model in MODELS for name in (*QUICK, "scissorhands-reference")
     ],
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Tiers of any schemes under any policy: the chain downward, at the prompt and at decode, against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import tolerances
 from cache_harness import (
     EVICTING,
     MIXED,
+    STEPS,
     B,
     Case,
     assert_rows_equal,
@@ -32,6 +34,7 @@ from jaxkv.quantization import SCHEMES, get_scheme
 
 LIMITS = ((8, 4, 16, 1), (9, 3, 8, 6), (6, 16, 0, 2))  # [tier][row]
 SLOTS = 16
+TIES = 2  # stored vectors of a row, of 48 or more, that float32 may round the other way
 LISTS = {
     "bf16 over int4": ("bf16", "int4"),
     "int8 over int2": ("int8", "int2"),
@@ -92,19 +95,10 @@ def test_against_the_reference(name, tiers):
     check_promises(small(name), case, results, MIXED)
     decided = 0
     for row in range(B):
-        same, margin = check_oracle(
-            small(name),
-            case,
-            results,
-            MIXED,
-            row,
-            stored=store(tiers),
-            atol=tolerances.HIDDEN_STORED,
-            step=tolerances.BF16_STEP,
-        )
+        same, margin = check_oracle(small(name), case, results, MIXED, row, stored=store(tiers), ties=TIES)
         assert same or margin < tolerances.STORED_MARGIN, f"row {row}, margin {margin}"
         decided += same
-    assert decided >= B - 1
+    assert decided >= B - 2  # the others kept the same, and their numbers within a rounded tie
 
 
 @pytest.mark.parametrize("wrong", ["not stored", "values as keys", "one tier late"])
@@ -118,17 +112,38 @@ def test_the_reference_sees(wrong):
         "one tier late": lambda number, key, value, balance: good(max(0, number - 1), key, value, balance),
     }[wrong]
     with pytest.raises(AssertionError):
-        check_oracle(small(name), case, results, MIXED, 0, stored=bad)
+        check_oracle(small(name), case, results, MIXED, 0, stored=bad, ties=TIES)
 
 
 @every_pair
 def test_extend_by_one_is_decode(name, tiers):
     case, (_, after, hiddens, steps, final) = ran(name, tiers)
     found, positions, state = go_on(case, after, by="extend")
-    np.testing.assert_allclose(found[case.then_valid], hiddens[case.then_valid], rtol=0, atol=tolerances.HIDDEN_STORED)
+    if not np.allclose(found[case.then_valid], hiddens[case.then_valid], rtol=0, atol=tolerances.HIDDEN):
+        check_ties(case, after)
     assert kept_sets(state) == kept_sets(final)
     for one, other in zip(jax.tree.leaves(positions), jax.tree.leaves(steps), strict=True):
         np.testing.assert_array_equal(np.sort(one), np.sort(other))
+
+
+def check_ties(case, after):
+    """Both ways step by step: hidden states of a row differ only while it holds a bfloat16 code that is one apart."""
+    ways, before = [after, after], np.zeros(B, int)
+    for step in range(STEPS):
+        one = dataclasses.replace(case, then=case.then[step : step + 1], then_valid=case.then_valid[step : step + 1])
+        (a, _, ways[0]), (b, _, ways[1]) = (
+            go_on(one, s, by=by) for s, by in zip(ways, ("decode", "extend"), strict=True)
+        )
+        off = np.abs(a[0] - b[0]).max(axis=-1) * one.then_valid[0]
+        assert (off <= np.where(before > 0, tolerances.HIDDEN_TIED, tolerances.HIDDEN)).all()
+        before = np.zeros(B, int)
+        for x, y in zip(
+            *(jax.tree.leaves([[(t.keys, t.values) for t in z.tiers] for z in s.layers]) for s in ways), strict=True
+        ):
+            differ = (x != y).reshape(B, -1).sum(axis=-1)
+            assert not differ.any() or x.dtype == np.uint16 and np.abs(x.astype(int) - y).max() == 1
+            before += differ
+        assert before.max() <= TIES
 
 
 @every_pair
@@ -151,12 +166,9 @@ def test_compress_walks_the_same_chain(name, tiers):
         moved += sum(
             len(a ^ b) for row, other in zip(mine, theirs, strict=True) for a, b in zip(row, other, strict=True)
         )
-    rounded = name in ("knorm", "keydiff")  # their scores, rounded to bfloat16, can tie the other way
-    assert moved <= (2 if rounded else 0)
-    if not rounded:
-        found, _, _ = go_on(case, state)
-        close = tolerances.HIDDEN_STORED
-        np.testing.assert_allclose(found[case.then_valid], hiddens[case.then_valid], rtol=0, atol=close)
+    assert not moved
+    found, _, _ = go_on(case, state)
+    np.testing.assert_allclose(found[case.then_valid], hiddens[case.then_valid], rtol=0, atol=tolerances.HIDDEN)
 
 
 @functools.cache

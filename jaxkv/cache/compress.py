@@ -18,7 +18,6 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits) -> State:
     The source is not consumed.
 
     Args: spec: a LayerSpec per layer, all of one policy. limits: int [L, tiers, B], slots that each row may use.
-    What a policy learns from keys alone is computed from those that are left where it was not observed.
     Raises: ValueError if `state` was not made with `Full`, or needs attention statistics that it did not observe.
     """
     limits = np.asarray(limits)
@@ -28,9 +27,9 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits) -> State:
         if not isinstance(layer.policy, Full) or len(layer.tiers) != 1:
             raise ValueError(f"compress needs a state with one tier under the full policy, got {layer.policy.name!r}")
         observed = {p.name: p.watcher for p in layer.policy.observe}
-        if policy.needs_attention and observed.get(policy.name) != policy.watcher:
+        if policy.stateful and observed.get(policy.name) != policy.watcher:
             raise ValueError(
-                f"policy {policy.name!r} needs attention that this state has not observed; it observed"
+                f"policy {policy.name!r} keeps what this state has not observed; it observed"
                 f" {list(observed.values())}; make it with Full(observe=...)"
             )
         if wants_balance(wanted) and layer.balance is None:
@@ -57,10 +56,10 @@ def _compress(layer, next_position, limits, index, *, spec):
     if isinstance(policy, Full):
         kept = {p.name: source.slots[p.name] for p in policy.observe}
         row = {p.name: layer.row[p.name] for p in policy.observe}
-    elif policy.stateful and policy.name in source.slots:
+    elif policy.stateful:
         kept, row = source.slots[policy.name], layer.row[policy.name]
     else:
-        row = policy.advance(policy.enter_row((batch, heads, keys.shape[-1]), index), next_position, keys, live[:, 0])
+        row = policy.enter_row((batch, heads, keys.shape[-1]), index)
         kept = policy.enter(keys, values, row)
     entries = Entries(keys=keys, values=values, positions=positions_of(source), slots=kept, valid=live, balance=balance)
     tiers, upto = [], jnp.zeros((batch, heads), jnp.int32)

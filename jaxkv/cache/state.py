@@ -36,10 +36,10 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     batch = lengths.shape[0]
     if limits.shape != (len(spec), *tiers, batch):
         raise ValueError(f"limits must be [L, tiers, B] = {(len(spec), *tiers, batch)}, got {limits.shape}")
+    longest = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
     layers = []
     for index, layer in enumerate(spec):
         for number, tier in enumerate(layer.tiers):
-            longest = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
             if longest > np.iinfo(tier.positions).max:
                 raise ValueError(f"layer {index}: {tier.positions} positions do not reach {longest} tokens; use int32")
             if get_scheme(tier.scheme[1]).balanced:
