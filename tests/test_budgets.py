@@ -119,8 +119,8 @@ def test_the_state_that_generation_leaves_keeps_the_budget():
         make_policy("scissorhands", recent=4),
     )
     lengths = [len(prompt) + count for prompt, count in zip(prompts, new, strict=True)]
-    planned = plan(CONFIG, policy, 10, lengths=lengths, dtype="float32")
-    assert planned.limits[:, 0].tolist() == [[10, 10, 10], [10, 10, 10]]
+    planned = plan(CONFIG, policy, "60%", lengths=lengths, dtype="float32")
+    assert planned.limits[:, 0].tolist() == [[24, 8, 4], [16, 8, 4]]  # 76 bytes a slot and layer of 3,648, 1,920, 844
     params = init_params(CONFIG, jax.random.key(0))
     hidden, state = read(params, prompts, new_state(CONFIG, planned, lengths), config=CONFIG)
     stops = build_stops([], [], set(), CONFIG.vocab_size)

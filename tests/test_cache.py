@@ -48,9 +48,10 @@ from cache_harness import (
 
 from jaxkv.cache import compress, concat, decode, drop, empty_state, extend, forward, insert, live_count
 from jaxkv.cache.attend import retention
-from jaxkv.cache.state import plain_entries
+from jaxkv.cache.state import encode_keys, plain_entries, tier_keys
 from jaxkv.policies import H2O, Full, Random, Scissorhands, ScissorhandsReference
 from jaxkv.quantization import get_scheme
+from jaxkv.rope import angles, rotate
 from jaxkv.types import Encoded, Entries, LayerSpec, Rows, Tier, TierSpec
 
 
@@ -532,9 +533,13 @@ def test_concat_of_quantized_tiers():
             np.testing.assert_array_equal(tier.limit, one.limit + two.limit)
             np.testing.assert_array_equal(value_codes(tier)[:, :, :16], value_codes(one))
             np.testing.assert_array_equal(value_codes(tier)[:, :, 16:], value_codes(two))
-            norms = [np.linalg.norm(plain_entries(x, None)[0], axis=-1) for x in (two, tier)]
-            live = np.asarray(two.positions) >= 0
-            np.testing.assert_allclose(norms[1][:, :, 16:][live], norms[0][live], rtol=0.2)  # a turn keeps lengths
+            live, shift = np.asarray(two.positions) >= 0, jnp.full((B, 1), T, jnp.int32)
+            turned = rotate(plain_entries(two, None)[0].reshape(B, 1, -1, 8), *angles(second.rotary[0], shift))
+            again = encode_keys(two.scheme[0], turned.reshape(B, 2, 16, 8), None)
+            expected = np.swapaxes(get_scheme(two.scheme[0]).decode(again, -1), 2, 3)
+            found = np.asarray(tier_keys(tier))[..., 16:]
+            live = np.broadcast_to(live[:, :, None], found.shape)
+            np.testing.assert_array_equal(found[live], np.asarray(expected)[live])
     one, two = (make(seed, ("bf16", ("balanced-int4", "int4"))) for seed in (0, 1))
     with pytest.raises(ValueError, match="balances differ .layer 0."):
         concat(one, two, config=PLAIN)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tolerances
 
 from jaxkv.cache.budgets import full_bytes, plan
 from jaxkv.calibration import FOLDER, Calibration, digest_of, find
@@ -18,7 +19,9 @@ def test_every_file_is_whole():
         levels, layers = np.asarray(found["levels"]), np.asarray(found["layers"])
         assert layers.shape == (len(layers), len(levels)) and levels[-1] == 1 and (layers[:, -1] == 1).all()
         assert (np.diff(levels) > 0).all() and (np.diff(layers, axis=1) >= 0).all() and (layers > 0).all()
-        np.testing.assert_allclose(layers.mean(axis=0), levels, atol=2e-3)  # a level is what all layers keep together
+        np.testing.assert_allclose(
+            layers.mean(axis=0), levels, atol=tolerances.CALIBRATION
+        )  # a level is what all layers keep together
         assert len(np.unique(layers, axis=0)) <= 6  # every size is a program to compile
 
 
