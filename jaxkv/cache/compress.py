@@ -27,11 +27,12 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits) -> State:
         if not isinstance(layer.policy, Full) or len(layer.tiers) != 1:
             raise ValueError(f"compress needs a state with one tier under the full policy, got {layer.policy.name!r}")
         observed = {p.name: p.watcher for p in layer.policy.observe}
-        if policy.stateful and observed.get(policy.name) != policy.watcher:
-            raise ValueError(
-                f"policy {policy.name!r} keeps what this state has not observed; it observed"
-                f" {list(observed.values())}; make it with Full(observe=...)"
-            )
+        for needed in policy.observe if isinstance(policy, Full) else (policy,):
+            if needed.stateful and observed.get(needed.name) != needed.watcher:
+                raise ValueError(
+                    f"policy {needed.name!r} keeps what this state has not observed; it observed"
+                    f" {list(observed.values())}; make it with Full(observe=...)"
+                )
         if wants_balance(wanted) and layer.balance is None:
             raise ValueError("a balanced scheme needs queries that this state has not kept: Full(balance=True)")
         limit = jnp.asarray(limits[index], jnp.int32)
