@@ -1,4 +1,4 @@
-"""One layer: new tokens attend to the tiers and to each other, then the candidates among them are inserted."""
+"""One layer: new tokens attend to the tiers and to each other; then `store` inserts the candidates among them."""
 
 import dataclasses
 
@@ -40,6 +40,18 @@ class Context:
     rotary: tuple[Rotary, ...]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class New:
+    """What one layer has to store: keys (rotated), values [B, P, T, H]; what the queries said of the slots of each tier
+    and, last, of these tokens (None: nothing); the layer's balance."""
+
+    keys: Array
+    values: Array
+    statistics: tuple | None
+    balance: Array | None
+
+
 def make_context(state, valid, candidates, segments, replay=None) -> Context:
     """Positions follow on from the state; a token that is not valid takes none, and replayed ones start behind all."""
     lasting = valid if replay is None else valid & (replay == 0)
@@ -66,11 +78,12 @@ def make_context(state, valid, candidates, segments, replay=None) -> Context:
 
 def attend_extend(
     queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig, causal: bool,
-    fresh: bool,
+    watch: bool,
 ):  # fmt: skip
-    """T new tokens. queries: one [B, T, N, H] per tier; keys, values [B, T, K, H]. fresh: the tiers are known to be empty.
+    """T new tokens. queries: one [B, T, N, H] per tier; keys, values [B, T, K, H]. watch: whether the policy looks.
 
-    Returns: heads [B, T, N, H], and the layer's state after the insertion.
+    A layer whose tiers hold nothing may come without them, so that layers of any size are one program.
+    Returns: heads [B, T, N, H], and what is `New`.
     """
     batch, length, _, size = keys.shape
     grouped = [
@@ -79,7 +92,7 @@ def attend_extend(
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, T, H]
     tiers = tuple(
         TierSource(_source(q, tier, layer.balance), positions_of(tier) + offset[:, None, None])
-        for q, tier, offset in zip(grouped, () if fresh else layer.tiers, context.offsets, strict=False)
+        for q, tier, offset in zip(grouped, layer.tiers, context.offsets, strict=False)
     )
     policy = layer.policy
     remaining = context.count[:, None] - jnp.cumsum(context.lasting, axis=1, dtype=jnp.int32)
@@ -98,7 +111,6 @@ def attend_extend(
         )
         return policy.row_statistic(p, visible, rows, layer.row)
 
-    watch = bool(layer.tiers) and policy.needs_attention
     out, statistics = extend_attention(
         grouped[0],
         keys,
@@ -115,8 +127,8 @@ def attend_extend(
         merge=policy.merge,
     )
     heads = jnp.moveaxis(out, 3, 1).reshape(batch, length, -1, size)
-    layer = _balanced(layer, grouped[0], keys, context, config=config, kind=kind)
-    return heads, _store(layer, keys, values, statistics if watch else None, context, config=config, kind=kind)
+    balance = _balance(layer, grouped[0], keys, context, kind=kind)
+    return heads, New(keys=keys, values=values, statistics=statistics if watch else None, balance=balance)
 
 
 def attend_decode(
@@ -152,17 +164,16 @@ def attend_decode(
             for number, (p, see) in enumerate(zip(probabilities, seen, strict=True))
         )
     heads = out.reshape(batch, 1, -1, size)
-    layer = _balanced(layer, grouped[0][:, :, :, None], keys, context, config=config, kind=kind)
-    keys, values = after(out, keys), after(out, values)
-    return heads, _store(layer, keys, values, statistics, context, config=config, kind=kind)
+    balance = _balance(layer, grouped[0][:, :, :, None], keys, context, kind=kind)
+    new = New(keys=after(out, keys), values=after(out, values), statistics=statistics, balance=balance)
+    return heads, store(layer, new, context, config=config, kind=kind)
 
 
-def _balanced(layer: LayerState, queries, keys, context: Context, *, config, kind) -> LayerState:
-    """The layer with the balance of rows that read for the first time. queries [B, P, G, T, H]; keys [B, P, T, H]."""
+def _balance(layer: LayerState, queries, keys, context: Context, *, kind) -> Array | None:
+    """The layer's balance, found by rows that read for the first time. queries [B, P, G, T, H]; keys [B, P, T, H]."""
     if layer.balance is None:
-        return layer
-    balance = find_balance(layer.balance, queries, keys, context.lasting, rotary_dim=kind.rope.rotary_dim)
-    return dataclasses.replace(layer, balance=balance)
+        return None
+    return find_balance(layer.balance, queries, keys, context.lasting, rotary_dim=kind.rope.rotary_dim)
 
 
 def _source(queries: Array, tier: Tier, balance: Array | None, *, packed: bool = False) -> Source:
@@ -184,13 +195,13 @@ def _source(queries: Array, tier: Tier, balance: Array | None, *, packed: bool =
     )
 
 
-def _store(layer, keys, values, statistics, context, *, config, kind):
+def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfig, kind: LayerConfig) -> LayerState:
     """Absorbs the statistics, then sends the candidates down the chain of tiers."""
     if not layer.tiers:
         return layer
-    policy = layer.policy
+    policy, keys, values = layer.policy, new.keys, new.values
     shape = keys.shape[:3]
-    statistics = statistics or ((),) * (len(layer.tiers) + 1)
+    statistics = new.statistics or ((),) * (len(layer.tiers) + 1)
     own_statistic = policy.smooth(statistics[-1], context.lasting) if policy.needs_attention else ()
     absorb = lambda slots, statistic: policy.absorb(slots, statistic, layer.row, context.count)
     slots = [tier.slots for tier in layer.tiers]  # of tiers that were not attended to, being empty, they say nothing
@@ -205,7 +216,7 @@ def _store(layer, keys, values, statistics, context, *, config, kind):
         positions=spread(own),
         slots=absorb(policy.enter(keys, values, row), own_statistic),
         valid=spread(context.candidates),
-        balance=layer.balance,
+        balance=new.balance,
     )
     tiers, upto = [], jnp.zeros_like(layer.tiers[0].limit)
     for number, tier in enumerate(layer.tiers):
@@ -228,7 +239,7 @@ def _store(layer, keys, values, statistics, context, *, config, kind):
         if not last:
             shift = offset - context.offsets[number + 1]
             entries = _reframe(displaced, shift, context.rotary[config.ropes.index(kind.rope)])
-    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=layer.balance)
+    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=new.balance)
 
 
 def retention(policy, slots, row, positions, limit, newest):

@@ -5,6 +5,7 @@ all layers'. It is a Python loop over one jitted layer function, compiled once p
 it becomes the whole-program form. `decode` is the case of one token, meant to be called inside a jitted loop.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import decoder
-from jaxkv.cache.attend import Context, attend_decode, attend_extend, make_context
+from jaxkv.cache.attend import Context, New, attend_decode, attend_extend, make_context, store
 from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.policies import Full
 from jaxkv.types import Array, LayerState, State
@@ -74,11 +75,13 @@ def extend(
     fresh = _is_fresh(state)
     layers = []
     for index, layer in enumerate(state.layers):
-        x, layer = _layer(
-            params[f"layers_{index}"], x, layer, context,
-            config=config, kind=config.layers[index], causal=visibility == "causal", fresh=fresh,
+        kind, watch = config.layers[index], bool(layer.tiers) and layer.policy.needs_attention
+        seen = dataclasses.replace(layer, tiers=()) if fresh else layer
+        x, new = _attend_layer(
+            params[f"layers_{index}"], x, seen, context,
+            config=config, kind=kind, causal=visibility == "causal", watch=watch,
         )  # fmt: skip
-        layers.append(layer)
+        layers.append(_store_layer(layer, new, context, config=config, kind=kind) if layer.tiers else layer)
         if progress is not None:
             progress(index + 1, len(state.layers))
     hidden = _end({"final_norm": params["final_norm"]}, x, config=config)
@@ -148,14 +151,18 @@ def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, se
     return x, make_context(state, valid, candidates, segments, replay)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind", "causal", "fresh"), donate_argnames=("x", "layer"))
-def _layer(
-    params, x: Array, layer: LayerState, context: Context, *, config, kind, causal, fresh
-) -> tuple[Array, LayerState]:
+@functools.partial(jax.jit, static_argnames=("config", "kind", "causal", "watch"), donate_argnames=("x",))
+def _attend_layer(
+    params, x: Array, layer: LayerState, context: Context, *, config, kind, causal, watch
+) -> tuple[Array, New]:
+    """The arithmetic of a layer, apart from its storage: a prompt runs one program whatever its layers keep."""
     attend = functools.partial(
-        attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal, fresh=fresh
+        attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal, watch=watch
     )
     return _block(params, x, context, config, kind, attend)
+
+
+_store_layer = jax.jit(store, static_argnames=("config", "kind"), donate_argnames=("layer",))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
