@@ -1,11 +1,10 @@
-"""Measures which layers need their cache, and writes it where `auto` finds it (`jaxkv/calibration`).
+"""Measures which kv heads need their cache, and writes it where `auto` finds it (`jaxkv/calibration`).
 
     python benchmarks/calibrate.py [--model smollm2] [--text FILE_OR_NAME ...] [--context 1900] --out FILE
 
 Reads contexts with facts hidden in them under the full cache, with a replay, and takes the scores of the `replay` policy.
-A layer's marginal score at rank r is the mean over its heads of the score of the r-th best token; layers keep the ranks
-whose marginal score is above a threshold that is the same for all, and the threshold gives the level. Layers are then put
-into a few groups that keep alike, because every size is a program to compile.
+A head's marginal score at rank r is the score of its r-th best token; heads keep the ranks whose marginal score is above
+a threshold that is the same for all, and the threshold gives the level.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from jaxkv.policies import Full, make_policy
 
 LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 RANKS = 1000
-GROUPS = 6
 
 
 def main():
@@ -48,60 +46,39 @@ def main():
         for one in samples:
             curves.append(marginal(lm, encode_context(lm.tokenizer, one.context), make_policy(given.policy).watcher))
             print(f"{name}: a context read", flush=True)
-    score = np.mean(curves, axis=0)  # [L, ranks], falling
-    shares = alike(np.stack([share_at(score, level) for level in LEVELS], axis=1))
+    score = np.mean(curves, axis=0)  # [L, K, ranks], falling
+    shares = np.stack([share_at(score, level) for level in LEVELS], axis=-1)
     out = {
         "model": digest_of(lm.config),
         "policy": given.policy,
         "command": f"python benchmarks/calibrate.py --model {given.model} --policy {given.policy} --text "
         + " ".join(pathlib.Path(name).name for name in given.text),
         "levels": list(LEVELS),
-        "layers": np.round(shares, 4).tolist(),
+        "heads": np.round(shares, 4).tolist(),
     }
     given.out.write_text(json.dumps(out, indent=1) + "\n")
 
 
 def marginal(lm, ids, policy) -> np.ndarray:
-    """[L, RANKS]: mean over heads of the score at each rank; each context counts alike."""
+    """[L, K, RANKS]: the score at each rank; each context counts alike."""
     planned = lm.plan(Full(observe=(policy,)), None, lengths=[len(ids)])
     state = new_state(lm.config, planned, [len(ids)])
     _, state = read(lm.params, [ids], state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
     rows = []
     for layer in jax.device_get(state.layers):
         score = np.asarray(policy.score(layer.tiers[0].slots[policy.name], layer.row[policy.name], None))[0]
-        best = -np.sort(-score[:, : len(ids)], axis=-1).mean(axis=0)
-        rows.append(np.interp(np.linspace(0, 1, RANKS), np.linspace(0, 1, len(ids)), best))
+        best = -np.sort(-score[:, : len(ids)], axis=-1)
+        rows.append([np.interp(np.linspace(0, 1, RANKS), np.linspace(0, 1, len(ids)), head) for head in best])
     rows = np.asarray(rows)
     return rows / np.median(rows)
 
 
 def share_at(score: np.ndarray, level: float) -> np.ndarray:
-    """Share of ranks that each layer keeps when all together keep `level`."""
+    """Share of ranks that each head keeps when all together keep `level`, [L, K]."""
     if level == 1:
-        return np.ones(len(score))
+        return np.ones(score.shape[:2])
     threshold = np.quantile(score, 1 - level)
-    return (score >= threshold).mean(axis=1)
-
-
-def alike(shares: np.ndarray) -> np.ndarray:
-    """[L, levels]: layers in GROUPS groups, each with the mean of its members; groups are cut where little is lost."""
-    height = np.log(np.maximum(shares[:, len(LEVELS) // 3], 1e-3))
-    order = np.argsort(height)
-    cost = lambda a, b: np.square(height[order[a:b]] - height[order[a:b]].mean()).sum()
-    best = {(0, 0): (0.0, ())}  # (layers, groups) -> least cost, ends
-    for end in range(1, len(order) + 1):
-        for groups in range(1, GROUPS + 1):
-            ways = [
-                (best[start, groups - 1][0] + cost(start, end), (*best[start, groups - 1][1], end))
-                for start in range(end)
-                if (start, groups - 1) in best
-            ]
-            if ways:
-                best[end, groups] = min(ways)
-    ends, out = best[len(order), min(GROUPS, len(order))][1], np.empty_like(shares)
-    for start, end in zip((0, *ends[:-1]), ends, strict=True):
-        out[order[start:end]] = shares[order[start:end]].mean(axis=0)
-    return out
+    return np.maximum((score >= threshold).mean(axis=-1), 1 / RANKS)
 
 
 if __name__ == "__main__":

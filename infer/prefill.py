@@ -40,9 +40,8 @@ def new_state(config, plan: Plan, lengths: list[int], *, copies: int = 1, row: i
             f"the cache needs {format_bytes(needed)} for {len(lengths) * copies} sequences, {format_bytes(free)} are"
             " free; choose a smaller budget, fewer sequences or fewer new tokens"
         )
-    limits = plan.limits if row is None else plan.limits[:, :, row : row + 1]
-    limits = np.broadcast_to(limits, (*limits.shape[:2], len(lengths)))
-    return empty_state(config, plan.spec, limits=limits, lengths=np.asarray(lengths, np.int32))
+    sizes = plan.sizes(row, len(lengths))
+    return empty_state(config, plan.spec, lengths=np.asarray(lengths, np.int32), **sizes)
 
 
 def read(params, rows: list[list[int]], state: State, *, config, repeat: list[int] | None = None, progress=None):

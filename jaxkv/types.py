@@ -1,6 +1,6 @@
 """Every pytree that crosses a jit boundary.
 
-Axes: B batch row, T query, S slot of a tier, n new entries, P block row of a cache (one per kv head),
+Axes: B batch row, T query, S slot of a tier, n new entries, P block row of a cache (one or more per kv head),
 K kv heads, N query heads, G = N / K, H head dim, R = rotary_dim, D model dim, V vocabulary, L layers.
 Every leaf of a state has B as axis 0 and rows share nothing, so placing, copying or freeing a row is one tree map.
 
@@ -8,7 +8,8 @@ Every leaf of a state has B as axis 0 and rows share nothing, so placing, copyin
       │          │            ├──────── positions      which token a slot holds; -1 = empty
       │          │            ├──────── slots          what the policy keeps per slot; moves with the entry
       │          │            └──────── limit          how many slots this row may use
-      │          ├── row                               what the policy keeps once per row
+      │          ├── row                               what the policy keeps once per row: leaves [B] or [B, P, ...]
+      │          ├── owner                             which kv head a block row serves, if not each its own
       │          └── balance                           MiKV's factors between queries and keys, if a tier wants them
       ├── offsets[tier]    added to the stored positions of that tier, in all layers
       ├── rotary[kind]     RoPE frequencies, fixed when the state was made
@@ -66,13 +67,16 @@ class Tier:
 class LayerState:
     """The cache of one layer: its tiers, first to last, and what the policy keeps once per row (leaves [B, ...]).
 
-    balance [B, P, H] uint16 (bfloat16 bits): balanced schemes store keys times this; 0 = not known yet, which counts as 1.
+    balance [B, K, H] uint16 (bfloat16 bits): balanced schemes store keys times this; 0 = not known yet, which counts as 1.
+    owner [B, P] int16: the kv head that each block row serves, -1 = none; None: row p serves head p. A head that owns n rows
+    gives the token at position t to its row number t mod n: so heads hold different numbers of tokens in rows of one size.
     """
 
     tiers: tuple[Tier, ...]
     row: Any
     policy: Any
     balance: Array | None = None
+    owner: Array | None = None
 
 
 @_pytree
@@ -135,7 +139,11 @@ class TierSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """Shape of one layer's cache; no tiers = nothing is stored (the plain forward pass)."""
+    """Shape of one layer's cache; no tiers = nothing is stored (the plain forward pass).
+
+    rows: block rows that the kv heads share out among them (`LayerState.owner`); None = one per head.
+    """
 
     policy: Any
     tiers: tuple[TierSpec, ...]
+    rows: int | None = None

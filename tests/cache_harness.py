@@ -21,6 +21,7 @@ from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.policies import H2O, POLICIES, Full, Policy, make_policy
 from jaxkv.quantization import get_scheme
 from jaxkv.types import Encoded, LayerSpec, TierSpec
+from pallas_kernels.decode_attention.owners import to_rows
 
 B, T, STEPS, SLOTS, WINDOW = 4, 24, 12, 40, 7
 ROPE = RopeConfig(kind="default", theta=100.0, rotary_dim=8)
@@ -64,19 +65,27 @@ def budgets(policy, limits, config=MIXED):
     return np.stack([limits if c.window is None else np.minimum(limits, c.window) for c in config.layers])
 
 
-def spec_of(policy, slots=(SLOTS,), scheme="f32", positions="int32"):
-    """Two layers alike. scheme: one for all tiers, or one per tier, each for keys and values or a pair."""
+def spec_of(policy, slots=(SLOTS,), scheme="f32", positions="int32", rows=None):
+    """Two layers alike. scheme: one for all tiers, or one per tier, each for keys and values or a pair. rows: the kv head of
+    each block row."""
     schemes = (scheme,) * len(slots) if isinstance(scheme, str) else scheme
     pairs = [(s, s) if isinstance(s, str) else s for s in schemes]
     tiers = tuple(
         TierSpec(slots=count, scheme=pair, positions=positions) for count, pair in zip(slots, pairs, strict=True)
     )
-    return (LayerSpec(policy=policy, tiers=tiers),) * 2
+    return (LayerSpec(policy=policy, tiers=tiers, rows=None if rows is None else len(rows)),) * 2
 
 
-def new_state(policy, limits, config=MIXED, slots=(SLOTS,), scheme="f32", positions="int32"):
-    spec = spec_of(policy, slots, scheme, positions)
-    return empty_state(config, spec, limits=budgets(policy, limits, config), lengths=[T + STEPS] * len(limits[0]))
+def owners_of(rows, batch=B):
+    """`owners` of `empty_state` for the two layers of `spec_of`."""
+    return None if rows is None else [np.tile(np.asarray(rows), (batch, 1))] * 2
+
+
+def new_state(policy, limits, config=MIXED, slots=(SLOTS,), scheme="f32", positions="int32", rows=None):
+    spec, batch = spec_of(policy, slots, scheme, positions, rows), len(limits[0])
+    return empty_state(
+        config, spec, limits=budgets(policy, limits, config), lengths=[T + STEPS] * batch, owners=owners_of(rows, batch)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +110,11 @@ def make_case(seed, limits=((SLOTS, 12, 7, 20),)):
 
 
 def read(
-    policy, case: Case, config=MIXED, slots=(SLOTS,), offsets=None, params=PARAMS, scheme="f32", positions="int32"
-):
+    policy, case: Case, config=MIXED, slots=(SLOTS,), offsets=None, params=PARAMS, scheme="f32", positions="int32",
+    rows=None,
+):  # fmt: skip
     """The prompt, as users' programs read it: eagerly, layer by layer, on an empty state. Returns: hidden, the state."""
-    state = new_state(policy, case.limits, config, slots, scheme, positions)
+    state = new_state(policy, case.limits, config, slots, scheme, positions, rows)
     if offsets is not None:
         state = dataclasses.replace(state, offsets=tuple(jnp.full((B,), x, jnp.int32) for x in offsets))
     return extend(params, jnp.asarray(case.tokens), state, config=config, valid=jnp.asarray(case.valid))
@@ -313,23 +323,26 @@ def check_oracle(policy, case, results, config, row, oracle=cache_reference.Refe
     """
     hidden, after, hiddens, steps, final = results
     reference = oracle(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config)[..., row], **more)
-    prompt = case.valid[row].any()
+    prompt, block_rows = case.valid[row].any(), range(len(reference.rows))
     expected = [reference.read(case.tokens[row][case.valid[row]])] if prompt else [np.zeros((0, hidden.shape[-1]))]
     found = [hidden[row][case.valid[row]]]
     same = all(
-        live_set(np.asarray(tier.positions[row, p])) == {t.position for t in reference.layers[i][p][n]}
-        for i, layer in enumerate(after.layers) for n, tier in enumerate(layer.tiers) for p in range(2)
+        live_set(np.asarray(tier.positions[row, p])) == {t.position for t in reference.held(i, p, n)}
+        for i, layer in enumerate(after.layers) for n, tier in enumerate(layer.tiers) for p in block_rows
     )  # fmt: skip
     for step in np.flatnonzero(case.then_valid[:, row]):
         expected.append(reference.read(case.then[step, row : row + 1]))
         found.append(hiddens[step, row : row + 1])
         same &= all(
-            live_set(tier[step, row, p]) == {t.position for t in reference.layers[i][p][n]}
-            for i, layer in enumerate(steps) for n, tier in enumerate(layer) for p in range(2)
+            live_set(tier[step, row, p]) == {t.position for t in reference.held(i, p, n)}
+            for i, layer in enumerate(steps) for n, tier in enumerate(layer) for p in block_rows
         )  # fmt: skip
     if same:
         tied = sum(
-            check_entries(tier, layer.balance, reference.layers[i], n, row, tolerances.BF16_STEP if ties else 0.0)
+            check_entries(
+                tier, None if layer.balance is None else to_rows(layer.balance, layer.owner),
+                [reference.held(i, p, n) for p in block_rows], row, tolerances.BF16_STEP if ties else 0.0,
+            )
             for i, layer in enumerate(final.layers) for n, tier in enumerate(layer.tiers)
         )  # fmt: skip
         assert tied <= ties
@@ -340,13 +353,13 @@ def check_oracle(policy, case, results, config, row, oracle=cache_reference.Refe
     return same, reference.margin
 
 
-def check_entries(tier, balance, heads, number, row, step):
+def check_entries(tier, balance, held, row, step):
     """Keys and values of a tier are the reference's, or within `step` of them. Returns: how many vectors are that far."""
     keys, values = (np.asarray(x, np.float32) for x in plain_entries(tier, balance))
     tied = 0
-    for p, tiers in enumerate(heads):
+    for p, tokens in enumerate(held):
         slot_of = {int(at): slot for slot, at in enumerate(tier.positions[row, p])}
-        for token in tiers[number]:
+        for token in tokens:
             for stored, expected in ((keys, token.key), (values, token.value)):
                 found = stored[row, p, slot_of[token.position]]
                 np.testing.assert_allclose(found, expected, rtol=step, atol=tolerances.ENTRIES)

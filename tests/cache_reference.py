@@ -2,7 +2,8 @@
 
 run = Reference(params, config, policy, limits)      one row; limits [L][tier]
 hidden = run.read(tokens)                            a prompt, or a decode step of one token
-run.layers[l][k][tier]                               the `Token`s that kv head k of layer l still holds
+run.layers[l][k][tier]                               the `Token`s that kv head k of layer l still holds; the tiers of
+                                                     its first block row, then of its second
 """
 
 import dataclasses
@@ -55,11 +56,15 @@ class Reference:
     attention, relative; of the last kept score from the first evicted.
     """
 
-    def __init__(self, params, config, policy, limits, stored=None):
+    def __init__(self, params, config, policy, limits, stored=None, rows=None):
+        self.rows = rows or tuple(range(config.num_kv_heads))  # the kv head of each block row
         self.stored = stored or (lambda tier, key, value, balance: (key, value))
         self.balance = [[None] * config.num_kv_heads for _ in config.layers]
         self.params, self.config, self.policy, self.limits = params, config, policy, limits
-        self.layers = [[[[] for _ in limits[0]] for _ in range(config.num_kv_heads)] for _ in config.layers]
+        self.layers = [
+            [[[] for _ in range(self.rows.count(head) * len(limits[0]))] for head in range(config.num_kv_heads)]
+            for _ in config.layers
+        ]
         self.key_sums = [[np.zeros(config.head_dim) for _ in range(config.num_kv_heads)] for _ in config.layers]
         self.steps = 0
         self.margin = math.inf
@@ -145,11 +150,23 @@ class Reference:
             token.fading = token.fading * (1 - 1 / window) ** count + gain
 
     def _store(self, index, head, arriving):
+        """Each block row of the head takes the newcomers whose turn it is."""
+        rows = self.rows.count(head)
+        for row in range(rows):
+            self._store_row(index, head, row, rows, [t for t in arriving if t.position % rows == row])
+
+    def held(self, index, row, number):
+        """What a tier of a block row of a layer holds."""
+        nth = self.rows[:row].count(self.rows[row])
+        return self.layers[index][self.rows[row]][nth * len(self.limits[0]) + number]
+
+    def _store_row(self, index, head, row, rows, arriving):
         """The newcomers go down the chain; each tier keeps its best."""
         window = self.config.layers[index].window
+        first_tier = row * len(self.limits[0])
         tiers = self.layers[index][head]
         for number, limit in enumerate(self.limits[index]):
-            upto = sum(self.limits[index][: number + 1])
+            upto, number = rows * sum(self.limits[index][: number + 1]), first_tier + number
             rivals = tiers[number] + arriving
             if window is not None:
                 rivals = [token for token in rivals if self.steps - token.position < window]
@@ -158,7 +175,8 @@ class Reference:
             tiers[number], arriving = ranked[:limit], ranked[limit:]
             for token in tiers[number]:
                 if token.position not in held:
-                    token.key, token.value = self.stored(number, token.key, token.value, self.balance[index][head])
+                    tier = number - first_tier
+                    token.key, token.value = self.stored(tier, token.key, token.value, self.balance[index][head])
             if tiers[number] and arriving:
                 (last, a), (first, b) = (self._rank(t, index, head, upto) for t in (tiers[number][-1], arriving[0]))
                 if not last and not first and self.policy.name in ("h2o", "snapkv", "replay"):

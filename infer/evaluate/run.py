@@ -234,7 +234,7 @@ def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
         "budget": case.budget or "100%",
         "share": float(planned.share),
         "bytes": int(planned.bytes_per_row),
-        "tokens": int(planned.limits.sum(axis=1).max()),
+        "tokens": int(planned.tokens.max()),
         "kl_mean": None,
         "kl_interval": None,
         "kl_p99": None,
@@ -264,7 +264,7 @@ def _language(lm, cases, plans, tokens, context, spans, observe, balance, price,
     given, targets = jnp.asarray(given.T), jnp.asarray(targets.T)  # [N, B]
 
     def run(planned: Plan):
-        small = compress(state, planned.spec, limits=planned.limits)
+        small = compress(state, planned.spec, **planned.sizes())
         loop = _forced.lower(lm.params, given, small, config=lm.config).compile()
         jax.block_until_ready(small)
         begin = time.perf_counter()
@@ -333,9 +333,7 @@ def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, st
         _, state = read(lm.params, [prompt], state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
         jax.block_until_ready(state)
         steps(f"context {index + 1} of {len(prompts)} read")
-        shrink = lambda state, k, index=index: compress(
-            state, plans[k].spec, limits=plans[k].limits[:, :, index : index + 1]
-        )
+        shrink = lambda state, k, index=index: compress(state, plans[k].spec, **plans[k].sizes(index))
         if protocol == ASK_WITH_CONTEXT:
             for q in group:
                 seen = _copy(state)

@@ -13,6 +13,7 @@ from jaxkv.quantization.balance import factor_of, find_balance
 from jaxkv.rope import angles, rotate
 from jaxkv.types import Array, Entries, LayerState, Rotary, Rows, Tier
 from pallas_kernels.decode_attention import Source, decode_attention
+from pallas_kernels.decode_attention.owners import of_head, sum_by_head, to_rows, turns
 from pallas_kernels.extend_attention import TierSource, extend_attention
 
 
@@ -91,7 +92,7 @@ def attend_extend(
     ]  # [B, P, G, T, H]
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, T, H]
     tiers = tuple(
-        TierSource(_source(q, tier, layer.balance), positions_of(tier) + offset[:, None, None])
+        TierSource(_source(q, tier, layer), positions_of(tier) + offset[:, None, None])
         for q, tier, offset in zip(grouped, layer.tiers, context.offsets, strict=False)
     )
     policy = layer.policy
@@ -140,7 +141,7 @@ def attend_decode(
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, 1, H]
     sources = []
     for q, tier, offset in zip(grouped, layer.tiers, context.offsets, strict=False):
-        source = _source(q, tier, layer.balance, packed=True)
+        source = _source(q, tier, layer, packed=True)
         if kind.window is not None:
             near = context.positions[:, :, None] - (positions_of(tier) + offset[:, None, None]) < kind.window
             source = source._replace(live=source.live & near)
@@ -150,13 +151,17 @@ def attend_decode(
     out, probabilities = decode_attention(tuple(sources), scale=config.query_scale, softcap=config.attention_softcap)
     statistics = None
     if layer.tiers and layer.policy.needs_attention:
-        seen = [source.live & valid for source in sources]
+        seen = [source.live & context.valid[:, :, None] for source in sources]
+        heads = config.num_kv_heads
+        live = sum(
+            sum_by_head(see.sum(axis=-1, dtype=jnp.int32), s.owner, heads) for see, s in zip(seen, sources, strict=True)
+        )
         rows = lambda number: Rows(
             remaining=jnp.zeros_like(context.positions),
             valid=context.valid,
             replay=context.replay,
             count=context.count,
-            live=sum(see.sum(axis=-1, dtype=jnp.int32) for see in seen)[..., None],
+            live=to_rows(live, sources[number].owner)[..., None],
             own=number == len(seen) - 1,
         )
         statistics = tuple(
@@ -176,15 +181,16 @@ def _balance(layer: LayerState, queries, keys, context: Context, *, kind) -> Arr
     return find_balance(layer.balance, queries, keys, context.lasting, rotary_dim=kind.rope.rotary_dim)
 
 
-def _source(queries: Array, tier: Tier, balance: Array | None, *, packed: bool = False) -> Source:
+def _source(queries: Array, tier: Tier, layer: LayerState, *, packed: bool = False) -> Source:
     """A tier as attention reads it: queries turned into the basis of its keys, and how its values are turned back.
 
     packed: leave codes as they are, for the kernel of one query; many queries are worth unpacking for.
     """
     keys, values = (get_scheme(name) for name in tier.scheme)
+    queries = to_rows(queries, layer.owner)
     weighed = queries
     if keys.balanced:
-        factor = factor_of(balance)
+        factor = factor_of(to_rows(layer.balance, layer.owner))
         weighed = queries / factor.reshape(*factor.shape[:2], *(1,) * (queries.ndim - 3), -1)
     return Source(
         queries=keys.into_basis(weighed).astype(queries.dtype),
@@ -192,6 +198,7 @@ def _source(queries: Array, tier: Tier, balance: Array | None, *, packed: bool =
         values=packed_values(tier) if packed else tier_values(tier),
         live=live_slots(tier),
         finish=values.out_of_basis,
+        owner=layer.owner,
     )
 
 
@@ -199,10 +206,13 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
     """Absorbs the statistics, then sends the candidates down the chain of tiers."""
     if not layer.tiers:
         return layer
-    policy, keys, values = layer.policy, new.keys, new.values
+    policy, owner = layer.policy, layer.owner
+    to_mine = lambda x: to_rows(x, owner)
+    keys, values = to_mine(new.keys), to_mine(new.values)
     shape = keys.shape[:3]
     statistics = new.statistics or ((),) * (len(layer.tiers) + 1)
     own_statistic = policy.smooth(statistics[-1], context.lasting) if policy.needs_attention else ()
+    own_statistic = jax.tree.map(to_mine, own_statistic)
     absorb = lambda slots, statistic: policy.absorb(slots, statistic, layer.row, context.count)
     slots = [tier.slots for tier in layer.tiers]  # of tiers that were not attended to, being empty, they say nothing
     if len(statistics) == len(layer.tiers) + 1:
@@ -215,8 +225,8 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
         values=values,
         positions=spread(own),
         slots=absorb(policy.enter(keys, values, row), own_statistic),
-        valid=spread(context.candidates),
-        balance=new.balance,
+        valid=spread(context.candidates) & takes(owner, spread(context.positions)),
+        balance=None if new.balance is None else to_mine(new.balance),
     )
     tiers, upto = [], jnp.zeros_like(layer.tiers[0].limit)
     for number, tier in enumerate(layer.tiers):
@@ -230,7 +240,7 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
             entries = dataclasses.replace(entries, valid=entries.valid & late)
         tier = dataclasses.replace(tier, slots=slots[number], positions=positions)
         scores = tuple(
-            retention(policy, x.slots, row, positions_of(x) + offset[:, None, None], upto, context.newest)
+            retention(policy, x.slots, row, positions_of(x) + offset[:, None, None], upto, context.newest, owner)
             for x in (tier, entries)
         )
         last = number == len(layer.tiers) - 1
@@ -239,14 +249,23 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
         if not last:
             shift = offset - context.offsets[number + 1]
             entries = _reframe(displaced, shift, context.rotary[config.ropes.index(kind.rope)])
-    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=new.balance)
+    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=new.balance, owner=owner)
 
 
-def retention(policy, slots, row, positions, limit, newest):
+def takes(owner: Array | None, positions: Array) -> Array | bool:
+    """Which tokens, by their positions [B, P, n], each block row is there for."""
+    if owner is None:
+        return True
+    turn, count = turns(owner)
+    return (positions % count[..., None] == turn[..., None]) & (owner >= 0)[..., None]
+
+
+def retention(policy, slots, row, positions, limit, newest, owner):
     """The policy's score [B, P, n], infinite for the protected tokens.
 
     positions, newest: absolute. limit [B, P]: places in this tier and those above it.
     """
+    limit = limit if owner is None else of_head(limit, owner)
     protected = positions > newest[:, None, None] - policy.protected_recent(limit)[..., None]
     if policy.sinks:
         protected |= positions < policy.sinks

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxkv.cache.state import empty_state
-from jaxkv.calibration import Calibration, find
+from jaxkv.cache.shares import share_rows
+from jaxkv.cache.state import empty_state, even_owners
+from jaxkv.calibration import find
 from jaxkv.config import DecoderConfig
 from jaxkv.policies import Full, Policy
 from jaxkv.presets import COMPUTE, Part, Preset, make_preset, one_tier
@@ -40,7 +41,8 @@ class Budget:
 class Plan:
     """The shape of a cache and its price.
 
-    preset: what was planned. spec: a LayerSpec per layer. limits: int [L, tiers, B]. bytes_per_row: allocated for one row.
+    preset: what was planned. spec: a LayerSpec per layer. limits: int [L, tiers, B], of each block row. owners: int [B, P] per
+    layer, the kv head of each block row, or None: one each. bytes_per_row: allocated for one row of the batch.
     share: of the bytes of a full bfloat16 cache of the longest row's length; at most 1, which is also what the full cache
     in float32 says. note: what was adjusted, or "".
     """
@@ -48,22 +50,40 @@ class Plan:
     preset: Preset
     spec: tuple[LayerSpec, ...]
     limits: np.ndarray
+    owners: tuple[np.ndarray, ...] | None = None
     bytes_per_row: int
     share: float
     note: str
 
+    def sizes(self, row: int | None = None, batch: int | None = None) -> dict:
+        """limits and owners, what `empty_state` and `compress` want: of all rows, or of one, for a batch of its copies."""
+        if row is None:
+            return {"limits": self.limits, "owners": self.owners}
+        one = lambda x, axis: np.repeat(np.take(x, [row], axis), batch or 1, axis)
+        owners = None if self.owners is None else tuple(one(owner, 0) for owner in self.owners)
+        return {"limits": one(self.limits, 2), "owners": owners}
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int [L, B, K] or [L, B, 1]: how many each kv head may hold, or all alike."""
+        held = self.limits.sum(axis=1)[:, :, None]
+        if self.owners is None:
+            return held
+        heads = max(owner.max() for owner in self.owners) + 1
+        return np.stack([held[i] * (o[:, :, None] == np.arange(heads)).sum(1) for i, o in enumerate(self.owners)])
+
     def describe(self) -> str:
         """One line for people: bytes, tokens, tiers and share."""
-        held = self.limits.sum(axis=1)
-        low, high = int(held.min()), int(held.max())
+        low, high = int(self.tokens.min()), int(self.tokens.max())
         tokens = str(high) if low == high else f"{low} to {high}"
         stored = ", ".join(
             f"{self.limits[:, number].max()} {'/'.join(dict.fromkeys(tier.scheme))}"
             for number, tier in enumerate(self.spec[0].tiers)
         )
+        rows = "" if self.owners is None else "in blocks of "
         line = (
             f"{self.preset.name} cache: {format_bytes(self.bytes_per_row)} per sequence, {tokens} tokens per kv head and"
-            f" layer ({stored}), {self.share:.1%} of a full bfloat16 cache"
+            f" layer ({rows}{stored}), {self.share:.1%} of a full bfloat16 cache"
         )
         return f"{line}; {self.note}" if self.note else line
 
@@ -142,8 +162,6 @@ def plan(
     )
     whole = layout(parts=one_tier(COMPUTE) if preset.exact else preset.parts, grid=slot_grid)
     cut = layout(parts=preset.parts, grid=fine_grid, weights=weights, floor=least if layer_weights is None else 0)
-    if preset.calibrated and layer_weights is None:
-        cut = dataclasses.replace(cut, calibration=find(config))
     if asked.kind == "tokens" or asked.amount == 1 and asked.kind == "share":
         most, room = (int(asked.amount) if asked.kind == "tokens" else longest), [math.inf] * len(lengths)
     else:
@@ -158,6 +176,11 @@ def plan(
             f"the full cache of {longest} tokens does not fit budget {asked.text}; leave the budget out, or choose an"
             " evicting policy"
         )
+    calibration = find(config) if preset.calibrated and layer_weights is None else None
+    if calibration is not None:
+        shared = [share_rows(cut, calibration, min(most, n), n, b) for n, b in zip(lengths, room, strict=True)]
+        if all(shared):
+            return _plan_rows(preset, cut, shared, longest)
     kept = [cut.most(min(most, n), n, b) for n, b in zip(lengths, room, strict=True)]
     thin = [k < min(least, n) for k, n in zip(kept, lengths, strict=True)]
     note = ""
@@ -180,6 +203,19 @@ def plan(
     return _plan(preset, cut, limits, longest, note)
 
 
+def _plan_rows(preset, layout, shared, longest) -> Plan:
+    """The rows of a batch, each as it would be alone: the allocation holds the largest of them."""
+    width = [max(len(one.owner[index]) for one in shared) for index in range(layout.config.num_layers)]
+    slots = np.max([one.slots for one in shared], axis=0)
+    fill = lambda owner, rows: np.pad(np.asarray(owner, np.int16), (0, rows - len(owner)), constant_values=-1)
+    owners = tuple(np.stack([fill(one.owner[i], rows) for one in shared]) for i, rows in enumerate(width))
+    spec = layout.spec(np.tile(slots, (len(width), 1)), width)
+    size = state_bytes(layout.config, spec)
+    limits = np.stack([np.tile(one.slots, (len(width), 1)) for one in shared], axis=-1).astype(np.int32)
+    share = float(min(1.0, size / full_bytes(layout.config, longest)))
+    return Plan(preset=preset, spec=spec, limits=limits, owners=owners, bytes_per_row=size, share=share, note="")
+
+
 def _plan(preset, layout, limits, longest, note) -> Plan:
     spec = layout.spec(layout.slots(np.max(limits, axis=0)))
     size = state_bytes(layout.config, spec)
@@ -200,7 +236,7 @@ class _Layout:
     """How many places the tiers get in each layer, and what they cost. Arrays are [L, tiers].
 
     positions: dtype, as narrow as the longest row allows. weights: of the layers, None = each holds its whole row. floor:
-    tokens that every layer gets if it was to get any. calibration: of the model, in place of weights.
+    tokens that every layer gets if it was to get any.
     """
 
     config: DecoderConfig
@@ -211,33 +247,39 @@ class _Layout:
     grid: Callable[[int], int]
     weights: list[float] | None = None
     floor: int = 0
-    calibration: Calibration | None = None
 
     def limits(self, tokens: int, length: int) -> np.ndarray:
         """Places when a layer of weight 1 keeps `tokens` of `length`."""
         rows, weights = [], self.weights or [1.0] * self.config.num_layers
-        if self.calibration is not None and tokens:
-            weights = [share * length / tokens for share in self.calibration.shares(tokens / length)]
         for weight, kind in zip(weights, self.config.layers, strict=True):
             wanted = tokens if weight == 1.0 else max(1, int(tokens * weight), min(self.floor, tokens))
-            rows.append(_split(self.parts, min(wanted, length, length if kind.window is None else kind.window)))
+            rows.append(split(self.parts, min(wanted, length, length if kind.window is None else kind.window)))
         return np.asarray(rows)
+
+    @staticmethod
+    def split(parts, tokens: int) -> list[int]:
+        """Places per tier of these parts."""
+        return split(parts, tokens)
 
     def slots(self, limits: np.ndarray) -> np.ndarray:
         """Allocated for these places."""
         return np.vectorize(self.grid)(limits)
 
-    def spec(self, slots: np.ndarray) -> tuple[LayerSpec, ...]:
-        """The shape of these slots."""
+    def spec(self, slots: np.ndarray, rows: list[int] | None = None) -> tuple[LayerSpec, ...]:
+        """The shape of these slots. rows: block rows of each layer, if heads share them out."""
         stored = lambda name: SCHEME[self.dtype] if name == COMPUTE else name
         schemes = [(stored(part.keys), stored(part.values)) for part in self.parts]
         tiers = lambda row: tuple(
             TierSpec(slots=n, scheme=s, positions=self.positions) for n, s in zip(row, schemes, strict=True)
         )
-        return tuple(LayerSpec(policy=self.policy, tiers=tiers(row)) for row in slots.tolist())
+        rows = rows or [None] * len(slots)
+        return tuple(
+            LayerSpec(policy=self.policy, tiers=tiers(row), rows=count)
+            for row, count in zip(slots.tolist(), rows, strict=True)
+        )
 
     @functools.cached_property
-    def _costs(self) -> tuple[int, np.ndarray]:
+    def costs(self) -> tuple[int, np.ndarray]:
         """Bytes of a state without slots, and of one slot of each tier in one layer."""
         one = dataclasses.replace(self.config, layers=self.config.layers[:1])
         size = lambda row: state_bytes(one, self.spec(row[None]))
@@ -249,7 +291,7 @@ class _Layout:
 
     def bytes(self, limits: np.ndarray) -> int:
         """Of one row with these places."""
-        fixed, per_slot = self._costs
+        fixed, per_slot = self.costs
         return fixed + int((self.slots(limits) * per_slot).sum())
 
     def most(self, upto: int, length: int, budget: float) -> int:
@@ -261,7 +303,7 @@ class _Layout:
         return low
 
 
-def _split(parts: tuple[Part, ...], tokens: int) -> list[int]:
+def split(parts: tuple[Part, ...], tokens: int) -> list[int]:
     """Places per tier for so many tokens: the fixed parts first, the rest by shares, in steps; the last takes what is left."""
     fixed, left = [], tokens
     for part in parts:
@@ -284,9 +326,9 @@ def _relative(layer_weights, layers: int) -> list[float]:
 
 def state_bytes(config: DecoderConfig, spec: tuple[LayerSpec, ...]) -> int:
     """Bytes that the state of one row takes, from its shapes; nothing is allocated."""
-    limits = np.zeros((len(spec), len(spec[0].tiers), 1), np.int32)
-    shapes = jax.eval_shape(lambda: empty_state(config, spec, limits=limits, lengths=np.ones(1, np.int32)))
-    return tree_bytes(shapes)
+    limits, owners = np.zeros((len(spec), len(spec[0].tiers), 1), np.int32), even_owners(spec, 1, config.num_kv_heads)
+    new = lambda: empty_state(config, spec, limits=limits, lengths=np.ones(1, np.int32), owners=owners)
+    return tree_bytes(jax.eval_shape(new))
 
 
 def tree_bytes(tree) -> int:

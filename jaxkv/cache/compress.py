@@ -4,20 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache.attend import retention
+from jaxkv.cache.attend import retention, takes
 from jaxkv.cache.insert import insert
-from jaxkv.cache.state import empty_tier, live_slots, plain_entries, positions_of, wants_balance
+from jaxkv.cache.state import checked_owner, empty_tier, live_slots, plain_entries, positions_of, wants_balance
 from jaxkv.policies import Full
 from jaxkv.types import Entries, LayerSpec, LayerState, State
+from pallas_kernels.decode_attention.owners import to_rows
 
 
-def compress(state: State, spec: tuple[LayerSpec, ...], *, limits) -> State:
+def compress(state: State, spec: tuple[LayerSpec, ...], *, limits, owners=None) -> State:
     """The state that `spec` would have reached, had it been in place of the `Full` policy of `state`.
 
     Comparisons prefill once: make the state with `Full(observe=policies)`, then compress it for each policy and budget.
     The source is not consumed.
 
-    Args: spec: a LayerSpec per layer, all of one policy. limits: int [L, tiers, B], slots that each row may use.
+    Args: spec: a LayerSpec per layer, all of one policy. limits: int [L, tiers, B], slots that each row may use. owners: as
+      `empty_state` takes them.
     Raises: ValueError if `state` was not made with `Full`, or needs attention statistics that it did not observe.
     """
     limits = np.asarray(limits)
@@ -37,7 +39,8 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits) -> State:
             raise ValueError("a balanced scheme needs queries that this state has not kept: Full(balance=True)")
         limit = jnp.asarray(limits[index], jnp.int32)
         number = jnp.asarray(index, jnp.int32)
-        layers.append(_compress_layer(layer, state.next_position, limit, number, spec=wanted))
+        owner = checked_owner(owners, index, wanted, limit.shape[-1], layer.tiers[0].positions.shape[1])
+        layers.append(_compress_layer(layer, state.next_position, limit, number, owner, spec=wanted))
     copy = lambda tree: jax.tree.map(jnp.copy, tree)  # an extend donates its state; the source must survive it
     zeros = lambda: jnp.zeros_like(state.next_position)
     return State(
@@ -48,31 +51,37 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits) -> State:
     )
 
 
-def _compress(layer, next_position, limits, index, *, spec):
+def _compress(layer, next_position, limits, index, owner, *, spec):
     source, policy = layer.tiers[0], spec.policy
-    batch, heads, _ = source.positions.shape
-    keys, values = plain_entries(source, layer.balance)
-    live = live_slots(source)
+    to_mine = lambda x: to_rows(x, owner)
+    keys, values = map(to_mine, plain_entries(source, layer.balance))
+    batch, heads = keys.shape[:2]
+    positions = to_mine(positions_of(source))
+    live = to_mine(live_slots(source)) & takes(owner, positions)
     balance = layer.balance if wants_balance(spec) else None
     if isinstance(policy, Full):
         kept = {p.name: source.slots[p.name] for p in policy.observe}
         row = {p.name: layer.row[p.name] for p in policy.observe}
     elif policy.stateful:
-        kept, row = source.slots[policy.name], layer.row[policy.name]
+        kept = jax.tree.map(to_mine, source.slots[policy.name])
+        row = jax.tree.map(lambda x: to_mine(x) if x.ndim > 1 else x, layer.row[policy.name])
     else:
         row = policy.enter_row((batch, heads, keys.shape[-1]), index)
         kept = policy.enter(keys, values, row)
-    entries = Entries(keys=keys, values=values, positions=positions_of(source), slots=kept, valid=live, balance=balance)
+    entries = Entries(
+        keys=keys, values=values, positions=positions, slots=kept, valid=live,
+        balance=None if balance is None else to_mine(balance),
+    )  # fmt: skip
     tiers, upto = [], jnp.zeros((batch, heads), jnp.int32)
     for number, wanted in enumerate(spec.tiers):
         tier = empty_tier(policy, wanted, limits[number], (batch, heads, keys.shape[-1]))
         upto = upto + tier.limit
         scores = tuple(
-            retention(policy, x.slots, row, positions_of(x), upto, next_position - 1) for x in (tier, entries)
+            retention(policy, x.slots, row, positions_of(x), upto, next_position - 1, owner) for x in (tier, entries)
         )
         tier, entries = insert(tier, entries, scores=scores, displace=number < len(spec.tiers) - 1)
         tiers.append(tier)
-    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=balance)
+    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=balance, owner=owner)
 
 
 _compress_layer = jax.jit(_compress, static_argnames=("spec",))

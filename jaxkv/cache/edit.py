@@ -10,6 +10,7 @@ from jaxkv.config import DecoderConfig
 from jaxkv.quantization import get_scheme
 from jaxkv.rope import angles, rotate
 from jaxkv.types import Array, Encoded, State, Tier
+from pallas_kernels.decode_attention.owners import to_rows
 
 
 def drop(state: State, *, start: Array, stop: Array) -> State:
@@ -64,6 +65,11 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
                 " is made for; make both with the same `lengths`"
             )
     for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        if not _same_owner(a.owner, b.owner):
+            raise ValueError(
+                f"concat of states whose kv heads own different block rows (layer {index}): give both the same budget and"
+                " planned length, or a cache whose heads share evenly"
+            )
         if a.balance is not None and not isinstance(a.balance, jax.core.Tracer) and (a.balance != b.balance).any():
             raise ValueError(
                 f"concat of states whose balances differ (layer {index}): each was found at its own prompt; use schemes"
@@ -77,7 +83,8 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
         window, tiers = config.layers[index].window, []
         for number, (mine, theirs) in enumerate(zip(a.tiers, b.tiers, strict=True)):
             start = first.offsets[number]
-            tier = _join(mine, theirs, shift + second.offsets[number] - start, rotary, a.balance)
+            balance = None if a.balance is None else to_rows(a.balance, a.owner)
+            tier = _join(mine, theirs, shift + second.offsets[number] - start, rotary, balance)
             if window is not None:
                 gone = (newest + 1 - start)[:, None, None] - positions_of(tier) >= window
                 tier = dataclasses.replace(
@@ -91,6 +98,14 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
         rotary=first.rotary,
         next_position=shift + second.next_position,
     )
+
+
+def _same_owner(a: Array | None, b: Array | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape:
+        return False
+    return isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer) or bool((a == b).all())
 
 
 def _join(a: Tier, b: Tier, shift: Array, rotary, balance) -> Tier:

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.cache.state import empty_state
+from jaxkv.cache.state import empty_state, even_owners
 from jaxkv.config import DecoderConfig
 from jaxkv.policies import make_policy
 from jaxkv.types import LayerSpec, State, TierSpec
 
-FORMAT = "jaxkv-state-1"
+FORMAT = "jaxkv-state-2"
 SAMPLE = 256  # values of every parameter that tell one model from another
 
 
@@ -76,7 +76,9 @@ def unpack_state(data: bytes, *, config: DecoderConfig, model: str, where: str) 
     spec = tuple(_layer_from_json(one) for one in json.loads(metadata["spec"]))
     rows = len(arrays[".next_position"])
     zeros = np.zeros((len(spec), len(spec[0].tiers), rows), np.int32)
-    shapes = jax.eval_shape(lambda: empty_state(config, spec, limits=zeros, lengths=np.ones(rows, np.int32)))
+    owners = even_owners(spec, rows, config.num_kv_heads)
+    new = lambda: empty_state(config, spec, limits=zeros, lengths=np.ones(rows, np.int32), owners=owners)
+    shapes = jax.eval_shape(new)
     wanted = _named(shapes)
     for name, shape in wanted.items():
         found = arrays.get(name)
@@ -115,14 +117,15 @@ def _layer_to_json(layer) -> dict:
     if any(options.pop(name, None) for name in ("observe", "balance")):
         raise StateFileError("a state that observes for other policies is not saved; compress it first")
     tiers = [[tier.positions.shape[-1], *tier.scheme, str(tier.positions.dtype)] for tier in layer.tiers]
-    return {"policy": layer.policy.name, "options": options, "tiers": tiers}
+    rows = None if layer.owner is None else layer.owner.shape[1]
+    return {"policy": layer.policy.name, "options": options, "tiers": tiers, "rows": rows}
 
 
 def _layer_from_json(one: dict) -> LayerSpec:
     tiers = tuple(
         TierSpec(slots=slots, scheme=(keys, values), positions=at) for slots, keys, values, at in one["tiers"]
     )
-    return LayerSpec(policy=make_policy(one["policy"], **one["options"]), tiers=tiers)
+    return LayerSpec(policy=make_policy(one["policy"], **one["options"]), tiers=tiers, rows=one["rows"])
 
 
 def _kind(array) -> str:

@@ -16,7 +16,7 @@ from pallas_kernels.decode_attention import Packed
 EMPTY = -1  # position of a slot that holds nothing
 
 
-def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, lengths) -> State:
+def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, lengths, owners=None) -> State:
     """A state that has seen nothing.
 
     Args:
@@ -24,6 +24,8 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
       limits: int, [L, tiers, B]: slots that each row may use, at most the tier's `slots`.
       lengths: [B] int: planned total length of each row (prompt plus new tokens), which fixes RoPE kinds that depend on
         length.
+      owners: for layers whose spec has `rows`, int [B, rows] each: the kv head of each block row, -1 = none; each head owns
+        at least one.
     Raises: ValueError if the shapes of spec, limits and config disagree, for a scheme that is unknown or does not take
       heads of this size.
     """
@@ -48,14 +50,16 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
                 )
             if tier.slots < 1 or limits[index, number].max() > tier.slots or limits[index, number].min() < 0:
                 raise ValueError(f"layer {index}: limits {limits[index, number]} do not fit {tier.slots} slots")
-        shape = (batch, config.num_kv_heads, config.head_dim)
+        owner = checked_owner(owners, index, layer, batch, config.num_kv_heads)
+        shape = (batch, config.num_kv_heads if owner is None else layer.rows, config.head_dim)
         built = tuple(
             empty_tier(layer.policy, tier, jnp.asarray(limits[index, number], jnp.int32), shape)
             for number, tier in enumerate(layer.tiers)
         )
-        balance = jnp.zeros(shape, jnp.uint16) if wants_balance(layer) else None
+        per_head = (batch, config.num_kv_heads, config.head_dim)
+        balance = jnp.zeros(per_head, jnp.uint16) if wants_balance(layer) else None
         row = layer.policy.enter_row(shape, index)
-        layers.append(LayerState(tiers=built, row=row, policy=layer.policy, balance=balance))
+        layers.append(LayerState(tiers=built, row=row, policy=layer.policy, balance=balance, owner=owner))
     return State(
         layers=tuple(layers),
         offsets=tuple(jnp.zeros((batch,), jnp.int32) for _ in spec[0].tiers),
@@ -64,8 +68,36 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     )
 
 
+def checked_owner(owners, index: int, layer: LayerSpec, batch: int, heads: int) -> Array | None:
+    """`LayerState.owner` of a layer, [B, P]."""
+    given = None if owners is None else owners[index]
+    if (layer.rows is None) != (given is None):
+        raise ValueError(f"layer {index}: its spec has rows {layer.rows}, and owners say {given}; give both or neither")
+    if given is None:
+        return None
+    given = np.asarray(given, np.int16)
+    if given.shape != (batch, layer.rows) or not all(
+        {*range(heads)} <= set(row) <= {*range(-1, heads)} for row in given.tolist()
+    ):
+        raise ValueError(
+            f"layer {index}: owners must be [B, rows] = {(batch, layer.rows)} and name each of {heads} kv heads in every"
+            f" row, got {given.tolist()}"
+        )
+    if isinstance(layer.policy, Full):
+        raise ValueError(f"layer {index}: the full policy keeps all tokens of every head; it takes one row per head")
+    return jnp.asarray(given)
+
+
+def even_owners(spec: tuple[LayerSpec, ...], batch: int, heads: int) -> list | None:
+    """Owners that any spec takes: heads take turns."""
+    if all(layer.rows is None for layer in spec):
+        return None
+    turns = lambda rows: np.broadcast_to(np.arange(rows, dtype=np.int16) % heads, (batch, rows))
+    return [None if layer.rows is None else turns(layer.rows) for layer in spec]
+
+
 def empty_tier(policy, spec: TierSpec, limit: Array, shape: tuple[int, int, int]) -> Tier:
-    """A tier that holds nothing. limit: [B] int32. shape: (B, P, H)."""
+    """A tier that holds nothing. limit: [B] int32, of each block row. shape: (B, P, H)."""
     batch, heads, size = shape
     slots = (batch, heads, spec.slots)
     vectors = jax.ShapeDtypeStruct((*slots, size), jnp.float32)

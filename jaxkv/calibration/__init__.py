@@ -1,10 +1,10 @@
-"""How much of the cache each layer of a model deserves, measured once per model by `benchmarks/calibrate.py`.
+"""How much of the cache each kv head of a model deserves, measured once per model by `benchmarks/calibrate.py`.
 
-Some layers hold heads that look up single tokens of a long context, others only ever look nearby. Which is which hardly
-depends on the text (correlation 0.97 between a novel and Wikipedia on SmolLM2-135M), so the budget can follow it. A file
-here says, for shares of a whole cache, which share of its tokens each layer keeps:
+Some heads look up single tokens of a long context, others only ever look nearby. Which is which hardly depends on the text,
+so the budget can follow it. A file here says, for shares of a whole cache, which share of its tokens each head keeps:
 
-    {"model": digest of the configuration, "policy": ..., "levels": [0.1, ..., 1.0], "layers": [[share per level] per layer]}
+    {"model": digest of the configuration, "policy": ..., "levels": [0.1, ..., 1.0],
+     "heads": [[[share per level] per kv head] per layer]}
 """
 
 import functools
@@ -31,18 +31,21 @@ def find(config: DecoderConfig) -> "Calibration | None":
     for path in sorted(FOLDER.glob("*.json")):
         found = json.loads(path.read_text())
         if found["model"] == digest:
-            return Calibration(np.asarray(found["levels"]), np.asarray(found["layers"]))
+            return Calibration(np.asarray(found["levels"]), np.asarray(found["heads"]))
     return None
 
 
 class Calibration:
-    """levels [n], ascending to 1; layers [L, n]: kept share of each layer when all layers together keep a level."""
+    """levels [n], ascending to 1; heads [L, K, n]: kept share of each head when all together keep a level."""
 
-    def __init__(self, levels: np.ndarray, layers: np.ndarray):
-        self.levels, self.layers = levels, layers
+    def __init__(self, levels: np.ndarray, heads: np.ndarray):
+        self.levels, self.heads = levels, heads
 
-    def shares(self, level: float) -> list[float]:
-        """Kept share of each layer, between the levels by straight lines; below the least one in proportion."""
+    def shares(self, level: float) -> np.ndarray:
+        """Kept share of each head, [L, K]; between the levels by straight lines, below the least one in proportion."""
         if level < self.levels[0]:
-            return (self.layers[:, 0] * level / self.levels[0]).tolist()
-        return [float(np.interp(level, self.levels, row)) for row in self.layers]
+            return self.heads[..., 0] * (level / self.levels[0])
+        upper = min(int(np.searchsorted(self.levels, level, side="right")), len(self.levels) - 1)
+        below, above = self.levels[upper - 1], self.levels[upper]
+        way = (level - below) / (above - below)
+        return self.heads[..., upper - 1] * (1 - way) + self.heads[..., upper] * way

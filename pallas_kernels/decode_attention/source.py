@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 class Source(NamedTuple):
     """Queries, keys [B, P, H, S], values [B, P, S, H], and which slots are seen: `live` [B, P, S] for one query, [B, P, t,
     S] for t of them. finish: turns the weighted sum of these values [..., H] out of the basis that they are stored in.
+    owner [B, P]: the head of each block row, see `owners`; None: row p is head p. The last source has a row per head.
 
     Keys and values of `decode_attention` may be `Packed`.
     """
@@ -16,3 +17,4 @@ class Source(NamedTuple):
     values: Any
     live: Any
     finish: Callable[[Any], Any] = lambda x: x
+    owner: Any = None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode_attention.owners import sum_by_head, to_rows
 from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.decode_attention.xla import NEGATIVE, mix, product, shares, softcapped
 
@@ -37,12 +38,12 @@ def extend_attention(
         index = start + jnp.arange(block, dtype=jnp.int32)
         sources = []
         for tier, tier_queries in zip(tiers, rows[1], strict=True):
-            _, k, v, live, finish = tier.source
+            live = tier.source.live
             slot_positions = tier.positions
             see = jnp.broadcast_to(live[:, :, None, :], (*live.shape[:2], block, live.shape[2]))
             if window is not None:
                 see &= at - slot_positions[:, :, None, :] < window
-            sources.append(Source(cut(tier_queries, 3), k, v, see, finish))
+            sources.append(tier.source._replace(queries=cut(tier_queries, 3), live=see))
         see = jnp.broadcast_to(valid[:, None, None, :end], (valid.shape[0], 1, block, end))
         if causal:
             see &= (jnp.arange(end, dtype=jnp.int32)[None, :] <= index[:, None])[None, None]
@@ -82,16 +83,15 @@ def _softmax(sources, start, *, softcap, row_statistic):
         jnp.where(s.live[:, :, None], softcapped(product("bpgth,bphs->bpgts", s.queries, s.keys), softcap), NEGATIVE)
         for s in sources
     ]
-    weights, inverse = shares(logits)
+    weights, inverse = shares(logits, [s.owner for s in sources])
     out = mix("bpgts,bpsh->bpgth", weights, sources, inverse).astype(sources[-1].values.dtype)
     if row_statistic is None:
         return out, (None,) * len(sources)
     heads = out.shape[1]
-    live = sum(
-        jnp.broadcast_to(s.live.sum(-1, dtype=jnp.int32), (s.live.shape[0], heads, s.live.shape[2])) for s in sources
-    )
+    seen = [jnp.broadcast_to(s.live, (*w.shape[:2], *w.shape[3:])) for w, s in zip(weights, sources, strict=True)]
+    live = sum(sum_by_head(x.sum(-1, dtype=jnp.int32), s.owner, heads) for x, s in zip(seen, sources, strict=True))
     statistics = []
-    for number, (w, s) in enumerate(zip(weights, sources, strict=True)):
-        visible = jnp.broadcast_to(s.live, (*w.shape[:2], *w.shape[3:]))
-        statistics.append(row_statistic(w * inverse, visible, live, start, number == len(sources) - 1))
+    for number, (w, s, see) in enumerate(zip(weights, sources, seen, strict=True)):
+        p, count = w * to_rows(inverse, s.owner), to_rows(live, s.owner)
+        statistics.append(row_statistic(p, see, count, start, number == len(sources) - 1))
     return out, tuple(statistics)
