@@ -11,7 +11,7 @@ from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.quantization import get_scheme
 from jaxkv.quantization.balance import factor_of, find_balance
 from jaxkv.rope import angles, rotate
-from jaxkv.types import Array, Entries, LayerState, Rotary, Rows, Tier
+from jaxkv.types import Array, Entries, LayerState, Newcomers, Rotary, Rows, Tier
 from pallas_kernels.decode_attention import Source, decode_attention
 from pallas_kernels.extend_attention import TierSource, extend_attention
 
@@ -116,7 +116,8 @@ def attend_extend(
     )
     heads = jnp.moveaxis(out, 3, 1).reshape(batch, length, -1, size)
     layer = _balanced(layer, grouped[0], keys, context, config=config, kind=kind)
-    return heads, _store(layer, keys, values, statistics if watch else None, context, config=config, kind=kind)
+    new = grouped[0], keys, values
+    return heads, _store(layer, new, statistics if watch else None, context, config=config, kind=kind)
 
 
 def attend_decode(
@@ -152,9 +153,10 @@ def attend_decode(
             for number, (p, see) in enumerate(zip(probabilities, seen, strict=True))
         )
     heads = out.reshape(batch, 1, -1, size)
-    layer = _balanced(layer, grouped[0][:, :, :, None], keys, context, config=config, kind=kind)
-    keys, values = after(out, keys), after(out, values)
-    return heads, _store(layer, keys, values, statistics, context, config=config, kind=kind)
+    single = grouped[0][:, :, :, None]
+    layer = _balanced(layer, single, keys, context, config=config, kind=kind)
+    new = single, after(out, keys), after(out, values)
+    return heads, _store(layer, new, statistics, context, config=config, kind=kind)
 
 
 def _balanced(layer: LayerState, queries, keys, context: Context, *, config, kind) -> LayerState:
@@ -184,26 +186,41 @@ def _source(queries: Array, tier: Tier, balance: Array | None, *, packed: bool =
     )
 
 
-def _store(layer, keys, values, statistics, context, *, config, kind):
-    """Absorbs the statistics, then sends the candidates down the chain of tiers."""
+def _store(layer, new, statistics, context, *, config, kind):
+    """Absorbs the statistics, then sends the candidates down the chain of tiers.
+
+    new: queries [B, P, G, n, H], keys and values [B, P, n, H].
+    """
     if not layer.tiers:
         return layer
-    policy = layer.policy
+    policy, rotary = layer.policy, context.rotary[config.ropes.index(kind.rope)]
+    queries, keys, values = new
     shape = keys.shape[:3]
+    new = Newcomers(
+        queries=queries,
+        keys=keys,
+        values=values,
+        positions=context.positions,
+        valid=context.lasting,
+        count=context.count,
+        offset=context.offsets[0],
+        rotary=rotary,
+        scale=config.query_scale,
+    )
     statistics = statistics or ((),) * (len(layer.tiers) + 1)
     own_statistic = policy.smooth(statistics[-1], context.lasting) if policy.needs_attention else ()
     absorb = lambda slots, statistic: policy.absorb(slots, statistic, layer.row, context.count)
     slots = [tier.slots for tier in layer.tiers]  # of tiers that were not attended to, being empty, they say nothing
     if len(statistics) == len(layer.tiers) + 1:
         slots = [absorb(tier, statistic) for tier, statistic in zip(slots, statistics[:-1], strict=True)]
-    row = policy.advance(layer.row, context.count, keys, context.lasting)
+    row = policy.advance(layer.row, new)
     own = context.positions - context.offsets[0][:, None]
     spread = lambda x: jnp.broadcast_to(x[:, None, :], shape)
     entries = Entries(
         keys=keys,
         values=values,
         positions=spread(own),
-        slots=absorb(policy.enter(keys, values, row), own_statistic),
+        slots=absorb(policy.enter(new, row), own_statistic),
         valid=spread(context.candidates),
         balance=layer.balance,
     )
@@ -227,7 +244,7 @@ def _store(layer, keys, values, statistics, context, *, config, kind):
         tiers.append(tier)
         if not last:
             shift = offset - context.offsets[number + 1]
-            entries = _reframe(displaced, shift, context.rotary[config.ropes.index(kind.rope)])
+            entries = _reframe(displaced, shift, rotary)
     return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=layer.balance)
 
 

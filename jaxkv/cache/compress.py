@@ -61,7 +61,7 @@ def _compress(layer, next_position, limits, index, *, spec):
         kept, row = source.slots[policy.name], layer.row[policy.name]
     else:
         row = policy.enter_row((batch, heads, keys.shape[-1]), index)
-        kept = policy.enter(keys, values, row)
+        kept = ()
     entries = Entries(keys=keys, values=values, positions=positions_of(source), slots=kept, valid=live, balance=balance)
     tiers, upto = [], jnp.zeros((batch, heads), jnp.int32)
     for number, wanted in enumerate(spec.tiers):
