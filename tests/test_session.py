@@ -1,12 +1,15 @@
 """Conversations: the `chat` command, and sessions as the library gives them."""
 
+import dataclasses
 import functools
 
+import numpy as np
 import pytest
 from command_harness import BLOCK, LETTERS, assert_refused
 
 import infer
-from jaxkv.cache import StateFileError
+from infer.sampling import Sampling
+from jaxkv.cache import StateFileError, pack_state
 
 # chat
 
@@ -106,6 +109,23 @@ def test_what_is_refused_or_not_remembered_changes_nothing(session, interrupt):
     assert session.ask("def", max_new_tokens=3, remember=True).text
 
 
+def test_the_repetition_penalty_sees_all_that_was_read(session, tmp_path):
+    """Penalised beyond any logit, the model says nothing that is in document, questions or answers, if it is remembered."""
+    options = dict(sampling=Sampling(repetition_penalty=1e6), max_new_tokens=4)
+    document, first, second = "abcdefg", "hij", "vwx"
+    free = session.ask(second, **options)
+    session.extend(document)
+    one = session.ask(first, remember=True, **options)
+    forgotten = session.ask("k", **options)
+    session.save(tmp_path / "state")
+    asked = [s.ask(second, **options) for s in (session, session.lm.load_session(tmp_path / "state"))]
+    assert asked[0].token_ids == asked[1].token_ids
+    read = set(session.lm.tokenizer.encode(document + first + one.text))
+    assert not read & set(asked[0].token_ids) and not read & set(forgotten.token_ids) and read & set(free.token_ids)
+    session.stream(second, **options).close()  # nothing was read
+    assert session.ask(second, **options).token_ids == asked[0].token_ids
+
+
 def test_a_lost_state_is_said(session, interrupt):
     interrupt("infer.prefill.extend", 1)
     with pytest.raises(KeyboardInterrupt):
@@ -129,6 +149,9 @@ def test_a_saved_session_goes_on_elsewhere(alphabet, tmp_path, cache, budget):
     mine.save(tmp_path / "state")
     other = infer.load(alphabet).load_session(tmp_path / "state")  # as another process would
     assert other.cache_bytes == mine.cache_bytes and other.position == mine.position
+    assert other.plan.describe() == mine.plan.describe() and other.plan.bytes_per_row == mine.plan.bytes_per_row
+    for field in dataclasses.fields(mine.plan):
+        np.testing.assert_equal(*(np.asarray(getattr(s.plan, field.name), object) for s in (other, mine)))
     for remember in (False, True):
         one, two = (s.ask("xyz", max_new_tokens=4, remember=remember) for s in (mine, other))
         assert one.token_ids == two.token_ids and len(one.token_ids) == 4
@@ -142,6 +165,9 @@ def test_a_saved_session_of_another_model_is_refused(session, tmp_path):
     other.config, other.params = session.lm.config, {"head": {"kernel": session.lm.params["head"]["kernel"] + 1}}
     with pytest.raises(StateFileError, match="of another model"):
         infer.Session.load(other, tmp_path / "state")
+    (tmp_path / "state-alone").write_bytes(pack_state(session.state, model=session.lm.fingerprint, extra={}))
+    with pytest.raises(StateFileError, match="of no session of this version; it lacks .*'plan'"):
+        session.lm.load_session(tmp_path / "state-alone")
     (tmp_path / "text").write_text("not a state")
     with pytest.raises(StateFileError, match="cut short, or not a saved state"):
         session.lm.load_session(tmp_path / "text")
