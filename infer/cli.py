@@ -467,7 +467,7 @@ def _chat(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
-    from infer.evaluate import TASKS, evaluate_seeds, load_samples, report
+    from infer.evaluate import TASKS, Interrupted, evaluate_seeds, load_samples, report
     from infer.texts import load_text
     from jaxkv.cache.budgets import parse_budget
     from jaxkv.presets import make_preset
@@ -491,16 +491,22 @@ def _evaluate(arguments) -> int:
         load_samples(arguments.samples_file)
     text = _read_text("-") if arguments.text == "-" else load_text(arguments.text, offline=arguments.offline)
     lm = _load(arguments)
-    with _Bar(arguments, "evaluating", "step") as bar:
-        rows = evaluate_seeds(
-            lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
-            next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
-            samples_file=arguments.samples_file, seeds=range(arguments.seed, arguments.seed + arguments.seeds),
-            scored=arguments.scored, protocol=arguments.protocol, progress=bar,
-        )  # fmt: skip
+    try:
+        with _Bar(arguments, "evaluating", "step") as bar:
+            rows = evaluate_seeds(
+                lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
+                next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
+                samples_file=arguments.samples_file, seeds=range(arguments.seed, arguments.seed + arguments.seeds),
+                scored=arguments.scored, protocol=arguments.protocol, progress=bar,
+            )  # fmt: skip
+    except Interrupted as stopped:
+        rows = stopped.rows
     print(report.table(rows))
     if rows_file:
         report.write_json(rows, rows_file)
+    if arguments.signals:
+        _note(arguments, f"interrupted; {len(rows)} rows were measured, in part or whole, and no picture was drawn")
+        return 128 + arguments.signals[-1]
     if picture:
         report.write_picture(rows, picture)
         _note(arguments, f"picture: {picture}")
