@@ -520,7 +520,6 @@ def _info(arguments) -> int:
     from jaxkv.checkpoints import read_config
     from jaxkv.decoder import init_params
     from jaxkv.presets import PRESETS
-    from pallas_kernels import decode_attention, extend_attention
 
     config = read_config(arguments.model, revision=arguments.revision, token=arguments.token, offline=arguments.offline)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -539,10 +538,7 @@ def _info(arguments) -> int:
         "cache_bytes_per_1000_tokens": costs,
         "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jaxkv", "jax", "jaxlib", "flax", "numpy")},
-        "implementations": {
-            op: next(iter(module.IMPLEMENTATIONS))
-            for op, module in (("decode_attention", decode_attention), ("extend_attention", extend_attention))
-        },
+        "implementations": _implementations(config, arguments.dtype),
     }
     if arguments.json:
         print(json.dumps(facts))
@@ -557,6 +553,26 @@ def _info(arguments) -> int:
         else:
             print(f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value}")
     return 0
+
+
+def _implementations(config, dtype) -> dict[str, str]:
+    """Which kernels read this model's full cache, as they say themselves."""
+    import jax
+
+    from pallas_kernels import decode_attention, extend_attention
+    from pallas_kernels.dispatch import chosen
+
+    slots, heads, size = 1024, config.num_kv_heads, config.head_dim
+    shape = lambda *axes, dtype=dtype: jax.ShapeDtypeStruct((1, heads, *axes), dtype)
+    group = config.num_heads // heads
+    source = decode_attention.Source(
+        shape(group, size), shape(size, slots), shape(slots, size), shape(slots, dtype="bool")
+    )
+    cases = (
+        ("decode_attention", decode_attention, (source,)),
+        ("extend_attention", extend_attention, shape(group, slots, size)),
+    )
+    return {op: chosen(op, module.IMPLEMENTATIONS, None, case) for op, module, case in cases}
 
 
 def _note(arguments, text):

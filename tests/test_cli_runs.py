@@ -12,6 +12,8 @@ import tqdm
 from command_harness import BLOCK, LETTERS, after, assert_refused
 
 from infer.cli import main
+from pallas_kernels import decode_attention, extend_attention
+from pallas_kernels.dispatch import Implementation
 
 # generate
 
@@ -370,6 +372,21 @@ def test_info(command):
     assert facts["parameters"] == 57_920 and facts["cache_bytes_per_1000_tokens"]["full"] > 1000 * 2 * 2 * 2 * 8 * 4
     code, out, err = command("info")
     assert (code, err) == (0, "") and "parameters   57,920" in out
+
+
+def test_info_asks_the_kernels(command, monkeypatch):
+    """Each is offered this model's shapes, and one that refuses them is not named."""
+    asked = []
+    picky = {"picky": Implementation(run=None, why_not=lambda case: asked.append(case) or "not on a Thursday")}
+    for module in (decode_attention, extend_attention):
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", picky | module.IMPLEMENTATIONS)
+    facts = json.loads(command("info", "--json", "--dtype", "bfloat16")[1])
+    assert facts["implementations"] == {"decode_attention": "xla", "extend_attention": "xla"}
+    (source,), queries = asked
+    slots = source.live.shape[2]
+    shapes = [(1, 2, 2, 8), (1, 2, 8, slots), (1, 2, slots, 8), (1, 2, slots)]
+    assert [x.shape for x in source[:4]] == shapes and queries.shape == (1, 2, 2, slots, 8)
+    assert {x.dtype.name for x in (*source[:3], queries)} == {"bfloat16"} and source.live.dtype == bool
 
 
 # Progress
