@@ -1,6 +1,7 @@
 """`infer.LanguageModel` on a tiny random model without a tokenizer: what needs no text."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -13,6 +14,7 @@ from infer.clock import MAKING, Clock
 from infer.generate import times
 from infer.model import LanguageModel
 from infer.sampling import Sampling
+from jaxkv.cache import extend
 from jaxkv.checkpoints import Checkpoint
 from jaxkv.checkpoints.generation_config import Generation
 from jaxkv.config import RopeConfig
@@ -136,6 +138,23 @@ def test_stream_fills_the_stats(lm, monkeypatch):
     assert stats.keys() == whole.keys()
     assert all(stats[k] == whole[k] for k in ("cache_bytes", "cache", "prompt_tokens", "new_tokens"))
     assert stats["tokens_per_second"] >= 39 / stats["decode_seconds"]
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_auto_without_a_second_reading(lm, monkeypatch, way):
+    """`replay=False` hands each token of the prompt to the model once; the default twice."""
+    monkeypatch.setattr(LanguageModel, "decode", lambda self, ids: str(ids))
+    seen, prompt = [], (PROMPT * 4)[:150]
+
+    def counted(params, tokens, state, *, valid, **options):
+        seen.append((int(valid.sum()), "replay" in options))
+        return extend(params, tokens, state, valid=valid, **options)
+
+    monkeypatch.setattr("infer.prefill.extend", counted)
+    for options in ({}, {"replay": False}):
+        run = functools.partial(getattr(lm, way), max_new_tokens=5, cache="auto", budget="50%", policy_options=options)
+        assert "".join(run(prompt)) if way == "stream" else len(run([prompt])[0].token_ids) == 5
+    assert seen == [(300, True), (150, False)]
 
 
 def test_speed_does_not_count_the_making_of_programs():
