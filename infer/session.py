@@ -23,7 +23,7 @@ from jaxkv.cache.budgets import Plan, tree_bytes
 from jaxkv.presets import Part, Preset
 from jaxkv.types import LayerSpec, State, TierSpec
 
-SAVED = ("max_tokens", "system", "position", "_pending", "_open", "_seen")  # of a session, beside state and plan
+SAVED = ("max_tokens", "system", "position", "_pending", "_before", "_seen")  # of a session, beside state and plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Session:
         self.max_tokens = max_tokens
         self.state = new_state(lm.config, self.plan, [max_tokens])
         self.system, self.pieces = system, lm.tokenizer.chat_pieces(system=system)
-        self.position, self._pending, self._open, self._seen = 0, [], False, []
+        self.position, self._pending, self._before, self._seen = 0, [], self.pieces.before_user, []
 
     @property
     def cache_bytes(self) -> int:
@@ -72,7 +72,6 @@ class Session:
         ids = self._ids(text)
         self._check_room(len(ids), "the text needs")
         _, self.state = self._read(ids, self._take(), progress, repeat_prompt(self.lm.tokenizer))
-        self._open = True
 
     def ask(self, question: str, *, remember: bool = False, max_new_tokens: int = 128,
             sampling: Sampling | None = None, stop: list[str] | None = None) -> Answer:  # fmt: skip
@@ -125,9 +124,9 @@ class Session:
     def _ask(self, question, remember, max_new_tokens, sampling, stop):
         lm = self.lm
         request = lm._request([sampling or Sampling()], 1, max_new_tokens, stop)
-        ids = self._ids(question) + lm.tokenizer.encode(self.pieces.after_user)
+        ids = self._ids(question + self.pieces.after_user)
         self._check_room(len(ids) + max_new_tokens, "question and answer need")
-        kept = (self.position, self._pending, self._open, self._seen)
+        kept = (self.position, self._pending, self._before, self._seen)
         state, copied = self._take(), 0
         if not remember:
             self.state, state, copied = state, jax.tree.map(jnp.copy, state), tree_bytes(state)
@@ -146,12 +145,12 @@ class Session:
             yield from lm.texts(blocks(), stop)
         finally:  # also when it is interrupted or closed early
             if not remember:
-                self.position, self._pending, self._open, self._seen = kept
+                self.position, self._pending, self._before, self._seen = kept
             elif loop is not None and not loop.token.is_deleted():
                 self.state = loop.state
                 self.position += len(made) - 1  # the last token is not in the state yet
-                self._pending = lm._visible(made)[len(made) - 1 :] + lm.tokenizer.encode(self.pieces.after_answer)
-                self._open, self._seen = True, sorted({*self._seen, *made})
+                self._pending, self._before = lm._visible(made)[len(made) - 1 :], self.pieces.after_answer
+                self._seen = sorted({*self._seen, *made})
         text = trim(lm.decode(lm._visible(made)), stop or [])
         yield Answer(text, lm._visible(made), {"cache_bytes": self.cache_bytes, "copy_bytes": copied})
 
@@ -163,8 +162,8 @@ class Session:
         return state
 
     def _ids(self, text):
-        before = [] if self._open else self.lm.tokenizer.encode(self.pieces.before_user)
-        return self._pending + before + self.lm.tokenizer.encode(text)
+        """What is to be read for a text inside a user turn; with all that stands around it in one piece, as in training."""
+        return self._pending + self.lm.tokenizer.encode(self._before + text, continues=self.position > 0)
 
     def _check_room(self, tokens, what):
         if self.position + tokens > self.max_tokens:
@@ -176,7 +175,7 @@ class Session:
     def _read(self, ids, state, progress=None, repeat=None):
         hidden, state = read(self.lm.params, [ids], state, config=self.lm.config, repeat=repeat, progress=progress)
         self.position, self._seen = self.position + len(ids), sorted({*self._seen, *ids})
-        self._pending = []
+        self._pending, self._before = [], ""
         return hidden, state
 
 

@@ -6,6 +6,8 @@ import functools
 import numpy as np
 import pytest
 from command_harness import BLOCK, LETTERS, assert_refused
+from test_model import model
+from test_tokenizer import SPACED
 
 import infer
 from infer.sampling import Sampling
@@ -86,6 +88,32 @@ def test_stream_is_ask_in_pieces(session):
         assert "".join(pieces) == answer.text == asked.text and answer.token_ids == asked.token_ids
 
 
+@pytest.mark.parametrize("kind", SPACED)
+def test_what_is_known_together_is_one_text_to_the_tokenizer(kind, monkeypatch):
+    """Of SentencePiece tokenizers too, which put a space before each text that they are given."""
+    lm, reads = model(vocab_size=400), []
+    lm.tokenizer, real = SPACED[kind](), infer.session.read
+    lm.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[ab] ' + m.content + ' [/ab]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    read = lambda params, rows, *more, **options: reads.extend(rows) or real(params, rows, *more, **options)
+    monkeypatch.setattr("infer.session.read", read)
+    ask = dict(max_new_tokens=4, remember=True)
+    session = lm.session(max_tokens=120)
+    answer = session.ask("cab d", **ask)
+    assert reads == [lm.tokenizer.encode("<s>[ab] cab d [/ab]")]
+    session.ask("ab", **ask)
+    whole = lm.tokenizer.encode("<s>[ab] cab d [/ab] c.</s>[ab] ab [/ab]")
+    after = whole[whole.index(2) :]  # from the end of the answer on
+    assert reads[1] == answer.token_ids[-1:] + after and answer.token_ids[-1] != 2
+    reads.clear()
+    session = lm.session(max_tokens=120)
+    session.extend("cab d.")
+    session.ask("[ab", **ask)
+    assert [*reads[0], *reads[1]] == lm.tokenizer.encode("<s>[ab] cab d.[ab [/ab]")
+
+
 def test_a_stream_closed_early_is_remembered(session, heard):
     stream = session.stream("abc", max_new_tokens=70)
     said = next(stream) + next(stream)
@@ -97,14 +125,14 @@ def test_a_stream_closed_early_is_remembered(session, heard):
 
 def test_what_is_refused_or_not_remembered_changes_nothing(session, interrupt):
     session.ask("abc", max_new_tokens=3, remember=True)
-    before = session.position, session._pending, session._open
+    before = session.position, session._pending, session._before
     for arguments, message in (({"stop": [""]}, "stop string"), ({"max_new_tokens": 0}, "max_new_tokens must be")):
         with pytest.raises(ValueError, match=message):
             session.ask("def", remember=True, **arguments)
     interrupt(BLOCK, 1)
     with pytest.raises(KeyboardInterrupt):
         session.ask("def", max_new_tokens=70)
-    assert (session.position, session._pending, session._open) == before
+    assert (session.position, session._pending, session._before) == before
     assert session.position == int(session.state.next_position[0])
     assert session.ask("def", max_new_tokens=3, remember=True).text
 
