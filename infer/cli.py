@@ -467,7 +467,7 @@ def _chat(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
-    from infer.evaluate import TASKS, evaluate_seeds, load_samples, report
+    from infer.evaluate import TASKS, Interrupted, evaluate_seeds, load_samples, report
     from infer.texts import load_text
     from jaxkv.cache.budgets import parse_budget
     from jaxkv.presets import make_preset
@@ -491,16 +491,22 @@ def _evaluate(arguments) -> int:
         load_samples(arguments.samples_file)
     text = _read_text("-") if arguments.text == "-" else load_text(arguments.text, offline=arguments.offline)
     lm = _load(arguments)
-    with _Bar(arguments, "evaluating", "step") as bar:
-        rows = evaluate_seeds(
-            lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
-            next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
-            samples_file=arguments.samples_file, seeds=range(arguments.seed, arguments.seed + arguments.seeds),
-            scored=arguments.scored, protocol=arguments.protocol, progress=bar,
-        )  # fmt: skip
+    try:
+        with _Bar(arguments, "evaluating", "step") as bar:
+            rows = evaluate_seeds(
+                lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
+                next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
+                samples_file=arguments.samples_file, seeds=range(arguments.seed, arguments.seed + arguments.seeds),
+                scored=arguments.scored, protocol=arguments.protocol, progress=bar,
+            )  # fmt: skip
+    except Interrupted as stopped:
+        rows = stopped.rows
     print(report.table(rows))
     if rows_file:
         report.write_json(rows, rows_file)
+    if arguments.signals:
+        _note(arguments, f"interrupted; {len(rows)} rows were measured, in part or whole, and no picture was drawn")
+        return 128 + arguments.signals[-1]
     if picture:
         report.write_picture(rows, picture)
         _note(arguments, f"picture: {picture}")
@@ -514,7 +520,6 @@ def _info(arguments) -> int:
     from jaxkv.checkpoints import read_config
     from jaxkv.decoder import init_params
     from jaxkv.presets import PRESETS
-    from pallas_kernels import decode_attention, extend_attention
 
     config = read_config(arguments.model, revision=arguments.revision, token=arguments.token, offline=arguments.offline)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -533,10 +538,7 @@ def _info(arguments) -> int:
         "cache_bytes_per_1000_tokens": costs,
         "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jaxkv", "jax", "jaxlib", "flax", "numpy")},
-        "implementations": {
-            op: next(iter(module.IMPLEMENTATIONS))
-            for op, module in (("decode_attention", decode_attention), ("extend_attention", extend_attention))
-        },
+        "implementations": _implementations(config, arguments.dtype),
     }
     if arguments.json:
         print(json.dumps(facts))
@@ -551,6 +553,26 @@ def _info(arguments) -> int:
         else:
             print(f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value}")
     return 0
+
+
+def _implementations(config, dtype) -> dict[str, str]:
+    """Which kernels read this model's full cache, as they say themselves."""
+    import jax
+
+    from pallas_kernels import decode_attention, extend_attention
+    from pallas_kernels.dispatch import chosen
+
+    slots, heads, size = 1024, config.num_kv_heads, config.head_dim
+    shape = lambda *axes, dtype=dtype: jax.ShapeDtypeStruct((1, heads, *axes), dtype)
+    group = config.num_heads // heads
+    source = decode_attention.Source(
+        shape(group, size), shape(size, slots), shape(slots, size), shape(slots, dtype="bool")
+    )
+    cases = (
+        ("decode_attention", decode_attention, (source,)),
+        ("extend_attention", extend_attention, shape(group, slots, size)),
+    )
+    return {op: chosen(op, module.IMPLEMENTATIONS, None, case) for op, module, case in cases}
 
 
 def _note(arguments, text):

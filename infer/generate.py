@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infer.clock import clock
 from infer.sampling import Sampling, SamplingArrays, make_sampling, sample
 from infer.stops import Stops, step
 from jaxkv import decoder
@@ -118,12 +119,12 @@ def run(params, hidden, state: State, request: Request, *, config, prompts: list
 
 def collect(pieces: Iterator[tuple], started: float) -> tuple[list[Generated], State, dict]:
     """Runs to the end. Returns: per row what was generated, the final state, and times in seconds."""
-    rows, loop, first, count = None, None, 0.0, 0
+    rows, loop, first, made, count = None, None, 0.0, 0.0, 0
     try:
         for tokens, logprobs, loop in pieces:  # noqa: B007 the last one is used
             now = time.perf_counter()
             if rows is None:
-                rows, first = [Generated([], []) for _ in tokens], now
+                rows, first, made = [Generated([], []) for _ in tokens], now, clock().making
             for row, ids, scores in zip(rows, tokens, logprobs, strict=True):
                 row.token_ids += ids
                 row.logprobs += scores
@@ -131,15 +132,20 @@ def collect(pieces: Iterator[tuple], started: float) -> tuple[list[Generated], S
     except KeyboardInterrupt:
         if rows is None:
             raise
-    return rows, loop.state, times(started, first, time.perf_counter(), count - len(rows))
+    making = clock().making - made
+    return rows, loop.state, times(started, first, time.perf_counter(), count - len(rows), making=making)
 
 
-def times(started: float, first: float, last: float, decoded: int) -> dict[str, float | None]:
-    """What `Completion.stats` says of time: seconds until the first token, then `decoded` more tokens until `last`."""
+def times(started: float, first: float, last: float, decoded: int, *, making: float) -> dict[str, float | None]:
+    """What `Completion.stats` says of time: seconds until the first token, then `decoded` more tokens until `last`.
+
+    making: seconds between the two in which JAX made programs, which the speed does not count.
+    """
+    running = last - first - making
     return {
         "time_to_first_token": first - started,
         "decode_seconds": last - first,
-        "tokens_per_second": decoded / (last - first) if decoded else None,
+        "tokens_per_second": decoded / running if decoded and running > 0 else None,
     }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer import generate as generation
+from infer.clock import clock
 from infer.prefill import new_state, read
 from infer.replay import repeat_prompt
 from infer.sampling import Sampling
@@ -29,7 +30,8 @@ class Completion:
     """One answer. token_ids: without the id that stopped it. logprobs: per token in nats, if asked for.
 
     stats: cache_bytes (of one sequence, all that is allocated), cache (one line), prompt_tokens, new_tokens,
-    compile_seconds, time_to_first_token, tokens_per_second (of the whole batch, decoding only).
+    compile_seconds (in the compiler), time_to_first_token, decode_seconds, tokens_per_second (of the whole batch,
+    decoding only, without the time in which its program was made).
     """
 
     text: str
@@ -95,7 +97,7 @@ class LanguageModel:
         lengths = [len(row) + _at_least("max_new_tokens", max_new_tokens, 1) for row in rows]
         self._check_window(lengths, streaming)
         planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
-        started, compiled = time.perf_counter(), _compile_seconds()
+        started, compiled = time.perf_counter(), clock().compiling
         state = new_state(self.config, planned, lengths, copies=samples)
         request = self._request(samplings, samples, max_new_tokens, stop)
         hidden, state = read(
@@ -106,7 +108,7 @@ class LanguageModel:
         repeated = [row for row in rows for _ in range(samples)]
         pieces = generation.run(self.params, hidden, state, request, config=self.config, prompts=repeated)
         out, _, times = generation.collect(pieces, started)
-        compile_seconds = _compile_seconds() - compiled
+        compile_seconds = clock().compiling - compiled
         return [
             self._completion(made, prompt, planned, times, compile_seconds, stop, logprobs)
             for made, prompt in zip(out, repeated, strict=True)
@@ -124,7 +126,7 @@ class LanguageModel:
         self._check_window(lengths, streaming)
         planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
         request = self._request([sampling or Sampling()], 1, max_new_tokens, stop)
-        started, compiled = time.perf_counter(), _compile_seconds()
+        started, compiled = time.perf_counter(), clock().compiling
         state = new_state(self.config, planned, lengths)
         hidden, state = read(
             self.params, rows, state, config=self.config, repeat=repeat_prompt(self.tokenizer), progress=progress
@@ -133,12 +135,13 @@ class LanguageModel:
         stats = {} if stats is None else stats
 
         def watched():
-            first, count = None, 0
+            first, made, count = None, 0.0, 0
             for piece in pieces:
                 now, count = time.perf_counter(), count + len(piece[0][0])
-                first = first or now
-                times = generation.times(started, first, now, count - 1)
-                stats.update(self._stats(planned, rows[0], count, times, _compile_seconds() - compiled))
+                if first is None:
+                    first, made = now, clock().making
+                times = generation.times(started, first, now, count - 1, making=clock().making - made)
+                stats.update(self._stats(planned, rows[0], count, times, clock().compiling - compiled))
                 yield piece
 
         yield from self.texts(watched(), stop)
@@ -276,19 +279,3 @@ def _at_least(name, value, least):
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
-
-
-_COMPILED = {"seconds": 0.0, "listening": False}
-
-
-def _compile_seconds() -> float:
-    """Seconds that this process has spent in the compiler, since the first call."""
-    if not _COMPILED["listening"]:
-        _COMPILED["listening"] = True
-
-        def listen(event, seconds, **_):
-            if event == "/jax/core/compile/backend_compile_duration":
-                _COMPILED["seconds"] += seconds
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-    return _COMPILED["seconds"]

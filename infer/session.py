@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from infer import generate as generation
 from infer.files import replace_file
@@ -17,8 +18,12 @@ from infer.prefill import new_state, read
 from infer.replay import repeat_prompt
 from infer.sampling import Sampling
 from infer.stops import trim
-from jaxkv.cache import pack_state, unpack_state
-from jaxkv.cache.budgets import tree_bytes
+from jaxkv.cache import StateFileError, pack_state, unpack_state
+from jaxkv.cache.budgets import Plan, tree_bytes
+from jaxkv.presets import Part, Preset
+from jaxkv.types import LayerSpec, State, TierSpec
+
+SAVED = ("max_tokens", "system", "position", "_pending", "_before", "_seen")  # of a session, beside state and plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Session:
         self.max_tokens = max_tokens
         self.state = new_state(lm.config, self.plan, [max_tokens])
         self.system, self.pieces = system, lm.tokenizer.chat_pieces(system=system)
-        self.position, self._pending, self._open = 0, [], False
+        self.position, self._pending, self._before, self._seen = 0, [], self.pieces.before_user, []
 
     @property
     def cache_bytes(self) -> int:
@@ -67,7 +72,6 @@ class Session:
         ids = self._ids(text)
         self._check_room(len(ids), "the text needs")
         _, self.state = self._read(ids, self._take(), progress, repeat_prompt(self.lm.tokenizer))
-        self._open = True
 
     def ask(self, question: str, *, remember: bool = False, max_new_tokens: int = 128,
             sampling: Sampling | None = None, stop: list[str] | None = None) -> Answer:  # fmt: skip
@@ -97,7 +101,7 @@ class Session:
         """
         if self.state is None:
             raise ValueError("the session was interrupted while its state was changing, and lost it; make a new one")
-        extra = {name: getattr(self, name) for name in ("max_tokens", "system", "position", "_pending", "_open")}
+        extra = {"plan": _plan_to_json(self.plan), **{name: getattr(self, name) for name in SAVED}}
         replace_file(path, pack_state(self.state, model=self.lm.fingerprint, extra=extra))
 
     @classmethod
@@ -108,19 +112,21 @@ class Session:
         """
         with open(path, "rb") as file:
             state, extra = unpack_state(file.read(), config=lm.config, model=lm.fingerprint, where=str(path))
+        if missing := {"plan", *SAVED} - extra.keys():
+            raise StateFileError(f"{path}: is the state of no session of this version; it lacks {sorted(missing)}")
         session = cls.__new__(cls)
-        session.lm, session.state, session.plan = lm, state, None
-        session.max_tokens, session.system = extra["max_tokens"], extra["system"]
-        session.position, session._pending, session._open = extra["position"], extra["_pending"], extra["_open"]
+        session.lm, session.state, session.plan = lm, state, _plan_from_json(extra["plan"], state)
+        for name in SAVED:
+            setattr(session, name, extra[name])
         session.pieces = lm.tokenizer.chat_pieces(system=session.system)
         return session
 
     def _ask(self, question, remember, max_new_tokens, sampling, stop):
         lm = self.lm
         request = lm._request([sampling or Sampling()], 1, max_new_tokens, stop)
-        ids = self._ids(question) + lm.tokenizer.encode(self.pieces.after_user)
+        ids = self._ids(question + self.pieces.after_user)
         self._check_room(len(ids) + max_new_tokens, "question and answer need")
-        kept = (self.position, self._pending, self._open)
+        kept = (self.position, self._pending, self._before, self._seen)
         state, copied = self._take(), 0
         if not remember:
             self.state, state, copied = state, jax.tree.map(jnp.copy, state), tree_bytes(state)
@@ -128,7 +134,9 @@ class Session:
 
         def blocks():
             nonlocal loop
-            for tokens, _, loop in generation.run(lm.params, hidden, state, request, config=lm.config, prompts=[ids]):
+            for tokens, _, loop in generation.run(
+                lm.params, hidden, state, request, config=lm.config, prompts=[self._seen]
+            ):
                 made.extend(tokens[0])
                 yield tokens, None, loop
 
@@ -137,12 +145,12 @@ class Session:
             yield from lm.texts(blocks(), stop)
         finally:  # also when it is interrupted or closed early
             if not remember:
-                self.position, self._pending, self._open = kept
+                self.position, self._pending, self._before, self._seen = kept
             elif loop is not None and not loop.token.is_deleted():
                 self.state = loop.state
                 self.position += len(made) - 1  # the last token is not in the state yet
-                self._pending = lm._visible(made)[len(made) - 1 :] + lm.tokenizer.encode(self.pieces.after_answer)
-                self._open = True
+                self._pending, self._before = lm._visible(made)[len(made) - 1 :], self.pieces.after_answer
+                self._seen = sorted({*self._seen, *made})
         text = trim(lm.decode(lm._visible(made)), stop or [])
         yield Answer(text, lm._visible(made), {"cache_bytes": self.cache_bytes, "copy_bytes": copied})
 
@@ -154,8 +162,8 @@ class Session:
         return state
 
     def _ids(self, text):
-        before = [] if self._open else self.lm.tokenizer.encode(self.pieces.before_user)
-        return self._pending + before + self.lm.tokenizer.encode(text)
+        """What is to be read for a text inside a user turn; with all that stands around it in one piece, as in training."""
+        return self._pending + self.lm.tokenizer.encode(self._before + text, continues=self.position > 0)
 
     def _check_room(self, tokens, what):
         if self.position + tokens > self.max_tokens:
@@ -166,6 +174,31 @@ class Session:
 
     def _read(self, ids, state, progress=None, repeat=None):
         hidden, state = read(self.lm.params, [ids], state, config=self.lm.config, repeat=repeat, progress=progress)
-        self.position += len(ids)
-        self._pending = []
+        self.position, self._seen = self.position + len(ids), sorted({*self._seen, *ids})
+        self._pending, self._before = [], ""
         return hidden, state
+
+
+def _plan_to_json(plan: Plan) -> dict:
+    """What a plan says that the state it was made for does not."""
+    preset = {field.name: getattr(plan.preset, field.name) for field in dataclasses.fields(plan.preset)}
+    del preset["policy"], preset["ladder"]  # the state has the policy; a plan has chosen a rung
+    preset["parts"] = [dataclasses.asdict(part) for part in plan.preset.parts]
+    return {"preset": preset, "share": plan.share, "note": plan.note}
+
+
+def _plan_from_json(said: dict, state: State) -> Plan:
+    """The plan of a session's state, as it was before it was saved."""
+    tiers = lambda layer: tuple(
+        TierSpec(slots=tier.positions.shape[-1], scheme=tier.scheme, positions=str(tier.positions.dtype))
+        for tier in layer.tiers
+    )
+    parts = tuple(Part(**part) for part in said["preset"]["parts"])
+    return Plan(
+        preset=Preset(**{**said["preset"], "policy": state.layers[0].policy, "parts": parts}),
+        spec=tuple(LayerSpec(policy=layer.policy, tiers=tiers(layer)) for layer in state.layers),
+        limits=np.asarray([[tier.limit[:, 0] for tier in layer.tiers] for layer in state.layers], np.int32),
+        bytes_per_row=tree_bytes(state),
+        share=said["share"],
+        note=said["note"],
+    )

@@ -95,6 +95,21 @@ def angles(rotary: Rotary, positions: Array) -> tuple[Array, Array]:
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
+def mean_angles(rotary: Rotary, start: Array, count: int) -> tuple[Array, Array]:
+    """cos and sin [B, 1, R/2] float32, each averaged over the positions start .. start + count - 1; start [B] int32.
+
+    With them `rotate` is the mean of n = `count` rotations: from start s and at a frequency f below 2 pi,
+
+        mean over j of exp(i f (s + j)) = exp(i f (s + (n - 1) / 2)) sin(n f / 2) / (n sin(f / 2))
+    """
+    half = 0.5 * rotary.frequencies
+    still = jnp.abs(jnp.sin(half)) < 1e-30  # a channel that does not turn
+    shrink = jnp.where(still, 1.0, jnp.sin(count * half) / (count * jnp.where(still, 1.0, jnp.sin(half))))
+    angle = (start.astype(jnp.float32) + 0.5 * (count - 1))[:, None] * rotary.frequencies
+    size = shrink * rotary.scale[:, None]
+    return (jnp.cos(angle) * size)[:, None], (jnp.sin(angle) * size)[:, None]
+
+
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates the first R channels of `x` [B, T, heads, H] by angles [B, T, R/2]; channel c pairs with c + R/2."""
     half = cos.shape[-1]

@@ -110,6 +110,26 @@ class Entries:
     balance: Array | None = None
 
 
+@_pytree(static=("scale",))
+class Newcomers:
+    """The tokens of one extend, for `Policy.advance` and `Policy.enter`.
+
+    queries [B, P, G, n, H] (None unless the policy needs them), keys [B, P, n, H]: rotated by `rotary` at positions - offset; values [B, P, n, H].
+    positions [B, n] int32. valid [B, n] bool: tokens that take a place in the row; count [B] int32: how many those are.
+    offset [B] int32: of the first tier. scale: of the logits, query . key.
+    """
+
+    queries: Array | None
+    keys: Array
+    values: Array
+    positions: Array
+    valid: Array
+    count: Array
+    offset: Array
+    rotary: Rotary
+    scale: float
+
+
 @_pytree(static=("own",))
 class Rows:
     """What a policy may know of the query rows of one extend, for `Policy.row_statistic`.

@@ -25,14 +25,19 @@ def choose(op: str, table: dict[str, Implementation], implementation: str | None
 
     Raises: ValueError for a name that is not in the table; NotImplementedError if the named one cannot take the case.
     """
+    return table[chosen(op, table, implementation, *args, **options)].run
+
+
+def chosen(op: str, table: dict[str, Implementation], implementation: str | None, *args, **options) -> str:
+    """The name of what `choose` returns; arguments may be shapes only. Raises: as `choose`."""
     if implementation is None:
-        for candidate in table.values():
+        for name, candidate in table.items():
             if candidate.why_not(*args, **options) is None:
-                return candidate.run
+                return name
         raise NotImplementedError(f"no implementation of {op} takes this case")
     if implementation not in table:
         raise ValueError(f"{op} has no implementation {implementation!r}; it has: {', '.join(table)}")
     reason = table[implementation].why_not(*args, **options)
     if reason is not None:
         raise NotImplementedError(f"{op}: implementation {implementation!r} cannot take this case: {reason}")
-    return table[implementation].run
+    return implementation

@@ -20,7 +20,8 @@ from jaxkv.cache.state import plain_entries
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.policies import H2O, POLICIES, Full, Policy, make_policy
 from jaxkv.quantization import get_scheme
-from jaxkv.types import Encoded, LayerSpec, TierSpec
+from jaxkv.rope import make_rotary
+from jaxkv.types import Encoded, LayerSpec, Newcomers, TierSpec
 from pallas_kernels.decode_attention.owners import to_rows
 
 B, T, STEPS, SLOTS, WINDOW = 4, 24, 12, 40, 7
@@ -151,6 +152,23 @@ def run_case(policy, case: Case, config=MIXED, **options):
     """Returns: hidden of the prompt, the state after it, hidden of the steps, positions after each, the last state."""
     hidden, after = jax.device_get(read(policy, case, config, **options))
     return hidden, after, *go_on(case, after, config, params=options.get("params", PARAMS))
+
+
+def newcomers(keys, values=None, queries=None, positions=None, scale=1.0):
+    """All n tokens of an extend, valid: keys, values [B, P, n, H]; queries [B, P, G, n, H]; from position 0 unless given."""
+    batch, _, count, size = keys.shape
+    at = jnp.arange(count, dtype=jnp.int32)[None] if positions is None else positions
+    return Newcomers(
+        queries=keys[:, :, None] if queries is None else queries,
+        keys=keys,
+        values=keys if values is None else values,
+        positions=jnp.broadcast_to(at, (batch, count)),
+        valid=jnp.ones((batch, count), bool),
+        count=jnp.full((batch,), count, jnp.int32),
+        offset=jnp.zeros((batch,), jnp.int32),
+        rotary=make_rotary(RopeConfig(kind="default", theta=100.0, rotary_dim=size), jnp.full((batch,), count)),
+        scale=scale,
+    )
 
 
 extend_jitted = jax.jit(extend, static_argnames=("config",))

@@ -16,6 +16,7 @@ import numpy as np
 class Token:
     """One remembered token of one kv head. seen: for each query that saw it (step, probability, keys it saw).
 
+    queries: those of its step, one per head of the group, before RoPE. expected: the score of expected attention.
     peak: the most that a query head of a later read gave it. fading: SnapKV's score. likeness: KeyDiff's cosine. norm: of the
     key as it was given.
     """
@@ -29,6 +30,8 @@ class Token:
     likeness: float = 0.0
     norm: float = 0.0
     squares: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    queries: tuple[np.ndarray, ...] = ()
+    expected: float = 0.0
 
 
 def insert(slots, entries, limit):
@@ -66,6 +69,8 @@ class Reference:
             for _ in config.layers
         ]
         self.key_sums = [[np.zeros(config.head_dim) for _ in range(config.num_kv_heads)] for _ in config.layers]
+        self.heard = [[[] for _ in range(config.num_kv_heads)] for _ in config.layers]  # all past queries, before RoPE
+        self.given = [[0.0] * config.num_kv_heads for _ in config.layers]  # by their mean, to all keys
         self.steps = 0
         self.margin = math.inf
         self.bucket_of, self.filled = [], 0  # of default Scissorhands: each step's bucket, steps in the newest
@@ -89,6 +94,8 @@ class Reference:
                     for i, at in enumerate(positions)
                 ]
                 mine = range(head * (n // k), (head + 1) * (n // k))
+                for i, token in enumerate(fresh):
+                    token.queries = tuple(heads[i, mine])
                 tiers = self.layers[index][head]
                 if self.balance[index][head] is None and fresh:
                     asked = [rotate(heads[i, g], at, kind.rope) for i, at in enumerate(positions) for g in mine]
@@ -131,6 +138,8 @@ class Reference:
         for token in fresh:
             token.norm = np.linalg.norm(token.key)
             token.likeness = token.key @ total / np.linalg.norm(token.key) / np.linalg.norm(total)
+        if self.policy.name == "expected-attention":
+            self._expect(index, head, [token for token in fresh if token.position >= self.policy.sinks])
         if self.policy.name == "replay":
             for token in tokens + fresh:
                 weight = 2.0 ** (self.steps / self.policy.memory)
@@ -148,6 +157,28 @@ class Reference:
         pooled = [own[i : i + 2 * side + 1].sum() / self.policy.pool for i in range(len(fresh))]
         for token, gain in zip(tokens + fresh, near[: len(tokens)] + pooled, strict=True):
             token.fading = token.fading * (1 - 1 / window) ** count + gain
+
+    def _expect(self, index, head, fresh):
+        """Scores of newcomers behind the sinks: by the Gaussian of their own queries if they are the first, per head."""
+        if not fresh:
+            return
+        heard, policy, rope = self.heard[index][head], self.policy, self.config.layers[index].rope
+        first = not heard
+        heard += [np.mean(token.queries, axis=0) for token in fresh]
+        ahead = mean_rotation(range(self.steps, self.steps + policy.n_future), rope, len(heard[0]))
+        keys, scale = np.stack([token.key for token in fresh]), self.config.query_scale
+        plain = np.exp(keys @ (ahead @ np.mean(heard, axis=0)) * scale)
+        self.given[index][head] += plain.sum()
+        shares = plain / self.given[index][head]
+        if first:
+            by_head = []
+            for queries in zip(*(token.queries for token in fresh), strict=True):
+                spread = ahead @ np.cov(np.stack(queries), rowvar=False, bias=True) @ ahead.T
+                z = keys @ (ahead @ np.mean(queries, axis=0)) * scale
+                by_head.append(softmax(z + np.einsum("ni,ij,nj->n", keys, spread, keys) * scale**2 / 2))
+            shares = np.mean(by_head, axis=0)
+        for token, share in zip(fresh, shares, strict=True):
+            token.expected = self._bf16((share + policy.epsilon) * np.linalg.norm(token.value))
 
     def _store(self, index, head, arriving):
         """Each block row of the head takes the newcomers whose turn it is."""
@@ -207,6 +238,8 @@ class Reference:
                 return -self._bf16(token.norm)
             case "keydiff":
                 return -self._bf16(token.likeness)
+            case "expected-attention":
+                return token.expected
             case "kvzip":
                 return self._bf16(token.peak)
             case "scissorhands-reference":
@@ -268,6 +301,14 @@ def norm(x, scale, eps):
 def softmax(x):
     e = np.exp(x - x.max())
     return e / e.sum()
+
+
+def mean_rotation(positions, rope, size):
+    """The matrix that is the mean of the rotations at these positions."""
+    half = size // 2
+    angles = np.outer(positions, rope.theta ** -(np.arange(half) / half))
+    cos, sin = np.diag(np.cos(angles).mean(axis=0)), np.diag(np.sin(angles).mean(axis=0))
+    return np.block([[cos, -sin], [sin, cos]])
 
 
 def rotate(x, position, rope):

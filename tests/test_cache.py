@@ -37,6 +37,7 @@ from cache_harness import (
     live_set,
     make_case,
     new_state,
+    newcomers,
     poison,
     read,
     run_case,
@@ -361,13 +362,13 @@ def kept_by_hand(policy, limit):
         remaining=jnp.arange(7, -1, -1, dtype=jnp.int32)[None], valid=jnp.ones((1, 8), bool), count=count,
         live=jnp.arange(1, 9, dtype=jnp.int32)[None, None], replay=jnp.zeros((1, 8), bool), own=True,
     )  # fmt: skip
-    keys = jnp.zeros((1, 1, 8, 4))
+    new = newcomers(jnp.zeros((1, 1, 8, 4)))
     row = policy.enter_row((1, 1, 4), 0)
     statistic = policy.row_statistic(
         jnp.asarray(HAND)[None, None, None], jnp.tril(jnp.ones((8, 8), bool))[None, None], rows, row
     )
-    slots = policy.absorb(policy.enter(keys, keys, row), statistic, row, count)
-    row = policy.advance(row, count, keys, rows.valid)
+    slots = policy.absorb(policy.enter(new, row), statistic, row, count)
+    row = policy.advance(row, new)
     positions, limits = jnp.arange(8, dtype=jnp.int32)[None, None], jnp.full((1, 1), limit, jnp.int32)
     score = np.asarray(retention(policy, slots, row, positions, limits, count - 1))[0, 0]
     best = sorted(range(8), key=lambda i: (score[i], i), reverse=True)[:limit]

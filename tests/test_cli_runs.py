@@ -12,6 +12,8 @@ import tqdm
 from command_harness import BLOCK, LETTERS, after, assert_refused
 
 from infer.cli import main
+from pallas_kernels import decode_attention, extend_attention
+from pallas_kernels.dispatch import Implementation
 
 # generate
 
@@ -338,11 +340,29 @@ def test_evaluate_refuses_or_ends_without_files(evaluate, interrupt, monkeypatch
     files = ("--json", str(tmp_path / "rows"), "--plot", str(tmp_path / "picture"), "--quiet")
     assert_refused(evaluate(*files, "--context", "4000"), "exceed the model's 2048 positions")
     assert_refused(evaluate(*files, "--excerpts", "99"), "give a longer text")
-    interrupt("infer.evaluate.run.compress", 2)
+    interrupt("infer.evaluate.run.compress", 1)
     assert evaluate(*files) == (130, "", "\njaxkv: interrupted\n")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert_refused(evaluate(*files), "pip install jaxkv[demo]")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("call", "number", "measured"), [
+    (2, signal.SIGINT, [("full", True, 0)]),  # in the excerpts
+    (4, signal.SIGTERM, [("full", True, 0), ("recency", True, 0)]),  # in the questions, of which none is complete
+    (6, signal.SIGTERM, [("full", True, 2), ("recency", True, 2)]),  # in the excerpts of a second seed
+])  # fmt: skip
+def test_an_interrupted_evaluation_keeps_its_rows(evaluate, interrupt, tmp_path, call, number, measured):
+    interrupt("infer.evaluate.run.compress", call, number)
+    code, out, err = evaluate("--json", str(tmp_path / "rows"), "--plot", str(tmp_path / "picture"), "--seeds", "2")
+    rows = json.loads((tmp_path / "rows").read_text())
+    assert [(row["cache"], row["kl_mean"] is not None, row["asked"].get("next", 0)) for row in rows] == measured
+    assert all(row["partial"] and row["seeds"] == [0] for row in rows)
+    table = out.splitlines()
+    assert code == 128 + number and [line.split()[0] for line in table[2:-4]] == [row["cache"] for row in rows], out
+    assert "partial: the run was interrupted; what is missing was not measured" in table
+    assert err == f"interrupted; {len(rows)} rows were measured, in part or whole, and no picture was drawn\n"
+    assert not (tmp_path / "picture").exists()
 
 
 def test_info(command):
@@ -352,6 +372,21 @@ def test_info(command):
     assert facts["parameters"] == 57_920 and facts["cache_bytes_per_1000_tokens"]["full"] > 1000 * 2 * 2 * 2 * 8 * 4
     code, out, err = command("info")
     assert (code, err) == (0, "") and "parameters   57,920" in out
+
+
+def test_info_asks_the_kernels(command, monkeypatch):
+    """Each is offered this model's shapes, and one that refuses them is not named."""
+    asked = []
+    picky = {"picky": Implementation(run=None, why_not=lambda case: asked.append(case) or "not on a Thursday")}
+    for module in (decode_attention, extend_attention):
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", picky | module.IMPLEMENTATIONS)
+    facts = json.loads(command("info", "--json", "--dtype", "bfloat16")[1])
+    assert facts["implementations"] == {"decode_attention": "xla", "extend_attention": "xla"}
+    (source,), queries = asked
+    slots = source.live.shape[2]
+    shapes = [(1, 2, 2, 8), (1, 2, 8, slots), (1, 2, slots, 8), (1, 2, slots)]
+    assert [x.shape for x in source[:4]] == shapes and queries.shape == (1, 2, 2, slots, 8)
+    assert {x.dtype.name for x in (*source[:3], queries)} == {"bfloat16"} and source.live.dtype == bool
 
 
 # Progress

@@ -7,7 +7,7 @@ import re
 import cache_reference
 import jax.numpy as jnp
 import numpy as np
-from cache_harness import MIXED, B, check_oracle, check_promises, make_case, run_case
+from cache_harness import MIXED, B, check_oracle, check_promises, make_case, newcomers, run_case
 
 from jaxkv.types import Rows
 
@@ -28,8 +28,8 @@ def test_the_score_of_the_worked_example_on_hand_made_attention():
     remaining, valid = jnp.array([[0, 0]], jnp.int32), jnp.array([[True, False]])  # the second row is padding
     p = jnp.array([[[[[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]]]]], jnp.float32)
     rows = Rows(remaining=remaining, valid=valid, replay=valid & False, count=count, live=live, own=True)
-    keys = jnp.zeros((1, 1, 3, 2))
-    slots = policy.absorb(policy.enter(keys, keys, ()), policy.row_statistic(p, p[:, :, 0] > 0, rows, ()), (), count)
+    new = newcomers(jnp.zeros((1, 1, 3, 2)))
+    slots = policy.absorb(policy.enter(new, ()), policy.row_statistic(p, p[:, :, 0] > 0, rows, ()), (), count)
     score = policy.score(slots, (), jnp.arange(3, dtype=jnp.int32)[None, None])
     np.testing.assert_allclose(score, np.array([[[0.5, 0.25, 0.25]]]), rtol=0)
 

@@ -40,7 +40,10 @@ def test_kernels_need_jax_and_numpy_only():
             assert name.split(".")[0] in allowed, f"{path} imports {name}"
 
 
-HEAVY = ["torch", "transformers", "matplotlib", "tensorflow", "pandas"]
+HEAVY = """
+    torch transformers matplotlib tensorflow pandas kvpress llama_cpp gguf huggingface_hub tokenizers safetensors jinja2
+    orbax optax tqdm hypothesis
+""".split()
 IMPORT = """
 import importlib, pkgutil, sys
 {modules}

@@ -1,6 +1,7 @@
 """`infer.LanguageModel` on a tiny random model without a tokenizer: what needs no text."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -9,8 +10,11 @@ import pytest
 import tolerances
 from cache_harness import WHOLE, tiny
 
+from infer.clock import MAKING, Clock
+from infer.generate import times
 from infer.model import LanguageModel
 from infer.sampling import Sampling
+from jaxkv.cache import extend
 from jaxkv.checkpoints import Checkpoint
 from jaxkv.checkpoints.generation_config import Generation
 from jaxkv.config import RopeConfig
@@ -133,7 +137,50 @@ def test_stream_fills_the_stats(lm, monkeypatch):
     assert seen == [1, 33, 40]
     assert stats.keys() == whole.keys()
     assert all(stats[k] == whole[k] for k in ("cache_bytes", "cache", "prompt_tokens", "new_tokens"))
-    assert stats["tokens_per_second"] > 0
+    assert stats["tokens_per_second"] >= 39 / stats["decode_seconds"]
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_auto_without_a_second_reading(lm, monkeypatch, way):
+    """`replay=False` hands each token of the prompt to the model once; the default twice."""
+    monkeypatch.setattr(LanguageModel, "decode", lambda self, ids: str(ids))
+    seen, prompt = [], (PROMPT * 4)[:150]
+
+    def counted(params, tokens, state, *, valid, **options):
+        seen.append((int(valid.sum()), "replay" in options))
+        return extend(params, tokens, state, valid=valid, **options)
+
+    monkeypatch.setattr("infer.prefill.extend", counted)
+    for options in ({}, {"replay": False}):
+        run = functools.partial(getattr(lm, way), max_new_tokens=5, cache="auto", budget="50%", policy_options=options)
+        assert "".join(run(prompt)) if way == "stream" else len(run([prompt])[0].token_ids) == 5
+    assert seen == [(300, True), (150, False)]
+
+
+def test_speed_does_not_count_the_making_of_programs():
+    """The first run takes its program's making out of the speed and of nothing else; the second has none to take out."""
+    lm, untaken = model(norm_eps=1.25e-6), lambda stats: stats["decode_seconds"] - 39 / stats["tokens_per_second"]
+    first, second = (lm.generate([PROMPT], max_new_tokens=40)[0].stats for _ in range(2))
+    assert 0 < untaken(first) < first["decode_seconds"] and untaken(second) == pytest.approx(0, abs=1e-9)
+    assert first["compile_seconds"] > 0 == second["compile_seconds"]
+
+
+def test_times():
+    assert times(1.0, 3.0, 8.0, 12, making=2.0) == {
+        "time_to_first_token": 2.0, "decode_seconds": 5.0, "tokens_per_second": 4.0,
+    }  # fmt: skip
+    for decoded, making in ((0, 0.0), (3, 5.0)):
+        assert times(1.0, 3.0, 8.0, decoded, making=making)["tokens_per_second"] is None
+
+
+def test_the_clock_counts_each_moment_once(monkeypatch):
+    clock, now = Clock(), 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    trace, lower, compiled = MAKING
+    events = ((1.0, trace, 1.0), (2.5, trace, 0.5), (3.0, trace, 2.5), (4.0, lower, 1.0), (9.0, compiled, 2.0))
+    for now, event, seconds in (*events, (9.5, "/jax/other", 0.5)):  # noqa: B007 the clock reads it
+        clock.listen(event, seconds)
+    assert (clock.making, clock.compiling) == (6.0, 2.0)  # 0 to 4, and 7 to 9
 
 
 def test_numbers_out_of_range(lm):

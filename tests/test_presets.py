@@ -170,7 +170,14 @@ def test_a_replay_is_the_largest_attention_of_its_own_rows():
 def test_others_do_not_hear_a_replay():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (1, 2 * T)).astype(np.int32))
     again = jnp.asarray(np.r_[np.zeros(T), np.arange(1, T + 1)].astype(np.int32))[None]
-    for policy in (H2O(), small("scissorhands"), small("snapkv"), small("tova"), small("keydiff")):
+    for policy in (
+        H2O(),
+        small("scissorhands"),
+        small("snapkv"),
+        small("tova"),
+        small("keydiff"),
+        small("expected-attention"),
+    ):
         _, plain = extend(PARAMS, tokens[:, :T], new_state(policy, [[9]]), config=MIXED)
         _, heard = extend(PARAMS, tokens, new_state(policy, [[9]]), config=MIXED, replay=again)
         for a, b in zip(jax.tree.leaves(heard), jax.tree.leaves(plain), strict=True):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
+from cache_harness import newcomers
 
 import infer
 from infer.prefill import new_state, read
@@ -46,5 +47,4 @@ def test_kept_sets_agree_with_the_exact_history(smollm2):
 
 
 def _bytes_per_slot(policy):
-    one = jnp.zeros((1, 1, 1, 4))
-    return sum(x.nbytes for x in jax.tree.leaves(policy.enter(one, one, ())))
+    return sum(x.nbytes for x in jax.tree.leaves(policy.enter(newcomers(jnp.zeros((1, 1, 1, 4))), ())))

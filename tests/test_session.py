@@ -1,12 +1,17 @@
 """Conversations: the `chat` command, and sessions as the library gives them."""
 
+import dataclasses
 import functools
 
+import numpy as np
 import pytest
 from command_harness import BLOCK, LETTERS, assert_refused
+from test_model import model
+from test_tokenizer import SPACED
 
 import infer
-from jaxkv.cache import StateFileError
+from infer.sampling import Sampling
+from jaxkv.cache import StateFileError, pack_state
 
 # chat
 
@@ -83,6 +88,32 @@ def test_stream_is_ask_in_pieces(session):
         assert "".join(pieces) == answer.text == asked.text and answer.token_ids == asked.token_ids
 
 
+@pytest.mark.parametrize("kind", SPACED)
+def test_what_is_known_together_is_one_text_to_the_tokenizer(kind, monkeypatch):
+    """Of SentencePiece tokenizers too, which put a space before each text that they are given."""
+    lm, reads = model(vocab_size=400), []
+    lm.tokenizer, real = SPACED[kind](), infer.session.read
+    lm.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[ab] ' + m.content + ' [/ab]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    read = lambda params, rows, *more, **options: reads.extend(rows) or real(params, rows, *more, **options)
+    monkeypatch.setattr("infer.session.read", read)
+    ask = dict(max_new_tokens=4, remember=True)
+    session = lm.session(max_tokens=120)
+    answer = session.ask("cab d", **ask)
+    assert reads == [lm.tokenizer.encode("<s>[ab] cab d [/ab]")]
+    session.ask("ab", **ask)
+    whole = lm.tokenizer.encode("<s>[ab] cab d [/ab] c.</s>[ab] ab [/ab]")
+    after = whole[whole.index(2) :]  # from the end of the answer on
+    assert reads[1] == answer.token_ids[-1:] + after and answer.token_ids[-1] != 2
+    reads.clear()
+    session = lm.session(max_tokens=120)
+    session.extend("cab d.")
+    session.ask("[ab", **ask)
+    assert [*reads[0], *reads[1]] == lm.tokenizer.encode("<s>[ab] cab d.[ab [/ab]")
+
+
 def test_a_stream_closed_early_is_remembered(session, heard):
     stream = session.stream("abc", max_new_tokens=70)
     said = next(stream) + next(stream)
@@ -94,16 +125,33 @@ def test_a_stream_closed_early_is_remembered(session, heard):
 
 def test_what_is_refused_or_not_remembered_changes_nothing(session, interrupt):
     session.ask("abc", max_new_tokens=3, remember=True)
-    before = session.position, session._pending, session._open
+    before = session.position, session._pending, session._before
     for arguments, message in (({"stop": [""]}, "stop string"), ({"max_new_tokens": 0}, "max_new_tokens must be")):
         with pytest.raises(ValueError, match=message):
             session.ask("def", remember=True, **arguments)
     interrupt(BLOCK, 1)
     with pytest.raises(KeyboardInterrupt):
         session.ask("def", max_new_tokens=70)
-    assert (session.position, session._pending, session._open) == before
+    assert (session.position, session._pending, session._before) == before
     assert session.position == int(session.state.next_position[0])
     assert session.ask("def", max_new_tokens=3, remember=True).text
+
+
+def test_the_repetition_penalty_sees_all_that_was_read(session, tmp_path):
+    """Penalised beyond any logit, the model says nothing that is in document, questions or answers, if it is remembered."""
+    options = dict(sampling=Sampling(repetition_penalty=1e6), max_new_tokens=4)
+    document, first, second = "abcdefg", "hij", "vwx"
+    free = session.ask(second, **options)
+    session.extend(document)
+    one = session.ask(first, remember=True, **options)
+    forgotten = session.ask("k", **options)
+    session.save(tmp_path / "state")
+    asked = [s.ask(second, **options) for s in (session, session.lm.load_session(tmp_path / "state"))]
+    assert asked[0].token_ids == asked[1].token_ids
+    read = set(session.lm.tokenizer.encode(document + first + one.text))
+    assert not read & set(asked[0].token_ids) and not read & set(forgotten.token_ids) and read & set(free.token_ids)
+    session.stream(second, **options).close()  # nothing was read
+    assert session.ask(second, **options).token_ids == asked[0].token_ids
 
 
 def test_a_lost_state_is_said(session, interrupt):
@@ -129,6 +177,9 @@ def test_a_saved_session_goes_on_elsewhere(alphabet, tmp_path, cache, budget):
     mine.save(tmp_path / "state")
     other = infer.load(alphabet).load_session(tmp_path / "state")  # as another process would
     assert other.cache_bytes == mine.cache_bytes and other.position == mine.position
+    assert other.plan.describe() == mine.plan.describe() and other.plan.bytes_per_row == mine.plan.bytes_per_row
+    for field in dataclasses.fields(mine.plan):
+        np.testing.assert_equal(*(np.asarray(getattr(s.plan, field.name), object) for s in (other, mine)))
     for remember in (False, True):
         one, two = (s.ask("xyz", max_new_tokens=4, remember=remember) for s in (mine, other))
         assert one.token_ids == two.token_ids and len(one.token_ids) == 4
@@ -142,6 +193,9 @@ def test_a_saved_session_of_another_model_is_refused(session, tmp_path):
     other.config, other.params = session.lm.config, {"head": {"kernel": session.lm.params["head"]["kernel"] + 1}}
     with pytest.raises(StateFileError, match="of another model"):
         infer.Session.load(other, tmp_path / "state")
+    (tmp_path / "state-alone").write_bytes(pack_state(session.state, model=session.lm.fingerprint, extra={}))
+    with pytest.raises(StateFileError, match="of no session of this version; it lacks .*'plan'"):
+        session.lm.load_session(tmp_path / "state-alone")
     (tmp_path / "text").write_text("not a state")
     with pytest.raises(StateFileError, match="cut short, or not a saved state"):
         session.lm.load_session(tmp_path / "text")

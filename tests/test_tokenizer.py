@@ -435,6 +435,50 @@ def test_templates_without_pieces(template, message):
         small(chat_template=template).chat_pieces()
 
 
+def metaspace(scheme: str) -> Wrapped:
+    """A SentencePiece tokenizer as a tokenizer.json has it: newer ones write the space at the very start only."""
+    letters = [chr(n) for n in range(ord("a"), ord("z") + 1)]
+    words = ["\u2581", *letters, "[", "]", "/", ".", *(f"<0x{n:02X}>" for n in range(256)), "ab", "\u2581ab", "\u2581a"]
+    vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *words])}
+    merges = [("a", "b"), ("\u2581", "ab"), ("\u2581", "a")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])  # fmt: skip
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    return Wrapped(backend, eos_ids=(2,), bos_id=1)
+
+
+SPACED = {
+    "every segment": lambda: metaspace("always"),
+    "the start alone": lambda: metaspace("first"),
+    "a GGUF": lambda: sentencepiece(
+        **small_vocabulary("ab", "\u2581ab", "\u2581", *"abcdefghiä.[]\n"), add_space_prefix=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPACED)
+def test_a_text_that_goes_on_begins_with_no_space(kind):
+    """The ids before and behind a seam are those of the whole, wherever no token spans it."""
+    tokenizer = SPACED[kind]()
+    assert tokenizer.encode("ab") != tokenizer.encode("ab", continues=True) != []
+    seams = 0
+    for text in ("ab", "abcd", "d ab", "<s>[ab] c", " ab</s><s>[ab]ab", "\nab", "a\n\n b", "ää", "c.ab"):
+        whole = tokenizer.encode(text)
+        for cut in range(len(text) + 1):
+            head = tokenizer.encode(text[:cut])
+            if cut and whole[: len(head)] == head and "<" not in text[max(0, cut - 3) : cut]:
+                assert head + tokenizer.encode(text[cut:], continues=True) == whole, (text, cut)
+                seams += 1
+    assert seams >= 20 and tokenizer.encode("", continues=True) == []
+
+
+def test_byte_level_texts_go_on_as_they_begin():
+    for text in (*TEXTS, "\n\n a"):
+        assert small().encode(text, continues=True) == small().encode(text)
+
+
 def test_special_tokens_are_not_normalized():
     backend = small().backend
     backend.add_special_tokens([AddedToken("<|x|>", normalized=False)])

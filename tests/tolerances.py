@@ -19,6 +19,7 @@ CALIBRATION = 2e-3  # of a level: two steps of the ranks that layers are cut at
 STORED_MARGIN = 1e-4  # the same where scores are rounded to bfloat16 and what was read before was quantized
 UNDECIDED_SHARE = 0.02  # of cases whose kept set may differ for that reason: counted, capped
 ROPE = 2e-6  # relative, float32 frequencies against float64 formulas
+FAR_ANGLES = 1e-4  # cos and sin in float32 of angles up to 1,200, which are rounded by up to 6e-5
 ROTATION = 2e-6  # float32 rotations of vectors of size 1
 ROPE_SCALE = 1e-6  # relative, one float32 number against its float64 formula
 ROPE_DYNAMIC = 1e-5  # relative; there the base itself is a float32 power of the length

@@ -5,7 +5,7 @@ print(report.table(rows))
 """
 
 from infer.evaluate import metrics, report
-from infer.evaluate.run import PROTOCOLS, evaluate
+from infer.evaluate.run import PROTOCOLS, Interrupted, evaluate
 from infer.evaluate.seeds import evaluate_seeds
 from infer.evaluate.tasks import TASKS, Context, Question, load_samples, make_samples
 
@@ -13,6 +13,7 @@ __all__ = [
     "PROTOCOLS",
     "TASKS",
     "Context",
+    "Interrupted",
     "Question",
     "evaluate",
     "evaluate_seeds",

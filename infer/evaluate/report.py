@@ -75,6 +75,8 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     batches = sorted({row["batch"] for row in rows if row.get("batch")})
     if batches:
         notes.append(f"tokens/s: decoding, all {', '.join(map(str, batches))} rows of the batch together; KL in nats")
+    if any(row.get("partial") for row in rows):
+        notes.append("partial: the run was interrupted; what is missing was not measured")
     notes += [f"{row['cache']} {row['budget']}: {row['note']}" for row in rows if row.get("note")]
     return notes
 

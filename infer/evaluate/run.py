@@ -13,7 +13,7 @@ import functools
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,14 @@ PROTOCOLS = (COMPRESS_THEN_ASK, ASK_WITH_CONTEXT)
 QUESTION_GRID = 16  # questions are padded to a multiple of this
 
 Progress = Callable[[int, int, str], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A KeyboardInterrupt after some rows were measured. rows: those, as `evaluate` returns them, marked `partial`."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        super().__init__(f"interrupted; {len(rows)} rows were measured, in part or whole")
+        self.rows = rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +119,9 @@ def evaluate(
     Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (0 to 1), bytes (allocated
       for one row of context plus what follows), tokens (the largest limit of a layer), kl_mean, kl_interval (95 %, over
       excerpts), kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the batch), batch, accuracy (task ->
-      share), accuracy_interval, asked (task -> number), protocol, note. What was not measured is None or empty.
-    Raises: ValueError for bad arguments, before anything runs.
+      share), accuracy_interval, asked (task -> number), protocol, note, partial. What was not measured is None or empty.
+    Raises: ValueError for bad arguments, before anything runs. Interrupted, where something was measured before a
+      KeyboardInterrupt: with the rows so far, and of questions those that every row was asked.
     """
     cases = _cases(caches, budgets)
     if protocol not in PROTOCOLS:
@@ -151,16 +160,22 @@ def evaluate(
     rows = []
     for case, planned in zip(cases, text_plans or task_plans, strict=True):
         rows.append(_row(case, planned, protocol))
-    if excerpts:
-        scored = scored or next_tokens
-        measured = _language(lm, cases, text_plans, tokens, context, spans, observe, balance, price, scored, steps)
-        for row, values in zip(rows, measured, strict=True):
-            row.update(values)
-    if contexts:
-        full = price(Full(observe=observe, balance=balance), None, lengths=lengths)
-        scores = _questions(lm, cases, task_plans, prompts, questions, lengths, full, protocol, steps)
-        for row, score in zip(rows, scores, strict=True):
-            _add_accuracy(row, score)
+    scores: list[dict[str, list[bool]]] = [{} for _ in cases]
+    try:
+        if excerpts:
+            scored = scored or next_tokens
+            measured = _language(lm, cases, text_plans, tokens, context, spans, observe, balance, price, scored, steps)
+            for row, values in zip(rows, measured, strict=True):
+                row.update(values)
+        if contexts:
+            full = price(Full(observe=observe, balance=balance), None, lengths=lengths)
+            _questions(lm, cases, task_plans, prompts, questions, lengths, full, protocol, steps, scores)
+    except KeyboardInterrupt:
+        _add_accuracies(rows, scores)
+        if not (found := [row | {"partial": True} for row in rows if row["accuracy"] or row["batch"]]):
+            raise
+        raise Interrupted(found) from None
+    _add_accuracies(rows, scores)
     return rows
 
 
@@ -248,11 +263,14 @@ def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
         "asked": {},
         "protocol": protocol,
         "note": planned.note,
+        "partial": False,
     }
 
 
-def _language(lm, cases, plans, tokens, context, spans, observe, balance, price, scored, steps) -> list[dict[str, Any]]:
-    """Teacher-forced decoding of what follows each excerpt's context, under every case."""
+def _language(
+    lm, cases, plans, tokens, context, spans, observe, balance, price, scored, steps
+) -> Iterator[dict[str, Any]]:
+    """Teacher-forced decoding of what follows each excerpt's context: what it says of each case, one after the other."""
     full = price(Full(observe=observe, balance=balance), None, lengths=spans)
     prompt, given, targets = tokens[:, :context], tokens[:, context:-1], tokens[:, context + 1 :]
     sizes = [len(piece) for piece in lm.tokenizer.token_bytes()]
@@ -273,13 +291,13 @@ def _language(lm, cases, plans, tokens, context, spans, observe, balance, price,
         return hidden, given.size / (time.perf_counter() - begin)
 
     reference = run(price(Full(), None, lengths=spans))
-    measured = []
     for case, planned in zip(cases, plans, strict=True):
         hidden, speed = reference if isinstance(case.preset.policy, Full) else run(planned)
         kl, same, nll = map(np.asarray, _compare(lm.params, reference[0], hidden, targets, config=lm.config))
         kl, same, nll = kl[-scored:], same[-scored:], nll[-scored:]
         _, interval = metrics.mean_interval(kl.mean(axis=0))  # tokens of one excerpt are not independent
-        measured.append({
+        steps(f"{case.label}: excerpts")
+        yield {
             "kl_mean": float(kl.mean(dtype=np.float64)),
             "kl_interval": None if interval is None else list(interval),
             "kl_p99": float(np.quantile(kl, 0.99)),
@@ -288,9 +306,7 @@ def _language(lm, cases, plans, tokens, context, spans, observe, balance, price,
             "bits_per_byte": metrics.bits_per_byte(nll, byte_count) if byte_count else None,
             "tokens_per_second": speed,
             "batch": int(tokens.shape[0]),
-        })  # fmt: skip
-        steps(f"{case.label}: excerpts")
-    return measured
+        }
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -322,34 +338,36 @@ def _compare(params, full, hidden, targets, *, config):
     return jax.lax.map(step, (full, hidden, targets))
 
 
-def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, steps) -> list[dict[str, list[bool]]]:
-    """Per case: task -> whether each question was answered right. One context is in memory at a time."""
+def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, steps, scores) -> None:
+    """Adds to `scores`, per case: task -> whether each question was answered right. One context is in memory at a time.
+
+    Whatever interrupts it, all cases have the same questions.
+    """
     everything = [q for group in questions for q in group]
     width = lambda sizes: -(-max(sizes) // QUESTION_GRID) * QUESTION_GRID
     asked = width([len(q.ask) for q in everything])
-    scores: list[dict[str, list[bool]]] = [{} for _ in cases]
     for index, (prompt, group, length) in enumerate(zip(prompts, questions, lengths, strict=True)):
         state = new_state(lm.config, full, [length], row=index)
         _, state = read(lm.params, [prompt], state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
         jax.block_until_ready(state)
         steps(f"context {index + 1} of {len(prompts)} read")
         shrink = lambda state, k, index=index: compress(state, plans[k].spec, **plans[k].sizes(index))
+        rights: list[list[bool]] = [[] for _ in cases]
         if protocol == ASK_WITH_CONTEXT:
             for q in group:
                 seen = _copy(state)
                 if q.ask[:-1]:
                     _, seen = _extend_padded(lm, q.ask[:-1], asked, seen)
-                for k, score in enumerate(scores):
-                    right = _answers(lm, q.ask[-1:], q.answer, 1, shrink(seen, k))
-                    score.setdefault(q.task, []).append(right)
-        for k, score in enumerate(scores):
+                for k, right in enumerate(rights):
+                    right.append(_answers(lm, q.ask[-1:], q.answer, 1, shrink(seen, k)))
+        for k, right in enumerate(rights):
             if protocol == COMPRESS_THEN_ASK:
                 small = shrink(state, k)
-                for q in group:
-                    right = _answers(lm, q.ask, q.answer, asked, _copy(small))
-                    score.setdefault(q.task, []).append(right)
+                right += [_answers(lm, q.ask, q.answer, asked, _copy(small)) for q in group]
             steps(f"{cases[k].label}: context {index + 1} of {len(prompts)}")
-    return scores
+        for score, right in zip(scores, rights, strict=True):
+            for q, one in zip(group, right, strict=True):
+                score.setdefault(q.task, []).append(one)
 
 
 def _copy(state):
@@ -385,8 +403,9 @@ def _most_likely(params, hidden, at, *, config):
     return decoder.logits(params, jnp.take(hidden[0], at, axis=0), config=config).argmax()
 
 
-def _add_accuracy(row: dict[str, Any], score: dict[str, list[bool]]) -> None:
-    for task, right in score.items():
-        row["accuracy"][task] = sum(right) / len(right)
-        row["accuracy_interval"][task] = list(metrics.wilson(sum(right), len(right)))
-        row["asked"][task] = len(right)
+def _add_accuracies(rows: list[dict[str, Any]], scores: list[dict[str, list[bool]]]) -> None:
+    for row, score in zip(rows, scores, strict=True):
+        for task, right in score.items():
+            row["accuracy"][task] = sum(right) / len(right)
+            row["accuracy_interval"][task] = list(metrics.wilson(sum(right), len(right)))
+            row["asked"][task] = len(right)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from infer.evaluate import metrics
-from infer.evaluate.run import Progress, evaluate
+from infer.evaluate.run import Interrupted, Progress, evaluate
 from jaxkv.policies import Random
 from jaxkv.presets import make_preset
 
@@ -22,6 +22,7 @@ def evaluate_seeds(
     Args: seeds: at least one. The other arguments are those of `evaluate`, `seed` left out.
     Returns: as `evaluate`: means over seeds, accuracies of all questions together; and seeds, spread (metric -> [lowest,
       highest seed]), by_seed (metric -> a value per seed).
+    Raises: as `evaluate`; Interrupted has the rows over the seeds that were finished, or what the first one measured.
     """
     if not seeds:
         raise ValueError("no seeds were given; give at least one, such as [0]")
@@ -34,7 +35,15 @@ def evaluate_seeds(
             if progress is not None:
                 progress(number * total + done, len(seeds) * total, f"seed {seed}: {what}")
 
-        runs.append(evaluate(lm, caches=own, seed=seed, progress=step, **options))
+        try:
+            runs.append(evaluate(lm, caches=own, seed=seed, progress=step, **options))
+        except KeyboardInterrupt as stopped:
+            if not runs and not isinstance(stopped, Interrupted):
+                raise
+            whole = zip(*runs, strict=True) if runs else ((row,) for row in stopped.rows)
+            raise Interrupted(
+                [_together(same, list(seeds[: number or 1])) | {"partial": True} for same in whole]
+            ) from None
     return [_together(same, list(seeds)) for same in zip(*runs, strict=True)]
 
 

@@ -11,7 +11,7 @@ from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.quantization import get_scheme
 from jaxkv.quantization.balance import factor_of, find_balance
 from jaxkv.rope import angles, rotate
-from jaxkv.types import Array, Entries, LayerState, Rotary, Rows, Tier
+from jaxkv.types import Array, Entries, LayerState, Newcomers, Rotary, Rows, Tier
 from pallas_kernels.decode_attention import Source, decode_attention
 from pallas_kernels.decode_attention.owners import of_head, sum_by_head, to_rows, turns
 from pallas_kernels.extend_attention import TierSource, extend_attention
@@ -44,9 +44,10 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class New:
-    """What one layer has to store: keys (rotated), values [B, P, T, H]; what the queries said of the slots of each tier
-    and, last, of these tokens (None: nothing); the layer's balance."""
+    """What one layer has to store: keys (rotated), values [B, K, T, H], queries [B, K, G, T, H] if the policy wants them;
+    what the queries said of the slots of each tier and, last, of these tokens (None: nothing); the layer's balance."""
 
+    queries: Array | None
     keys: Array
     values: Array
     statistics: tuple | None
@@ -128,8 +129,14 @@ def attend_extend(
         merge=policy.merge,
     )
     heads = jnp.moveaxis(out, 3, 1).reshape(batch, length, -1, size)
-    balance = _balance(layer, grouped[0], keys, context, kind=kind)
-    return heads, New(keys=keys, values=values, statistics=statistics if watch else None, balance=balance)
+    new = New(
+        queries=grouped[0] if policy.needs_queries else None,
+        keys=keys,
+        values=values,
+        statistics=statistics if watch else None,
+        balance=_balance(layer, grouped[0], keys, context, kind=kind),
+    )
+    return heads, new
 
 
 def attend_decode(
@@ -169,8 +176,14 @@ def attend_decode(
             for number, (p, see) in enumerate(zip(probabilities, seen, strict=True))
         )
     heads = out.reshape(batch, 1, -1, size)
-    balance = _balance(layer, grouped[0][:, :, :, None], keys, context, kind=kind)
-    new = New(keys=after(out, keys), values=after(out, values), statistics=statistics, balance=balance)
+    single = grouped[0][:, :, :, None]
+    new = New(
+        queries=single if layer.policy.needs_queries else None,
+        keys=after(out, keys),
+        values=after(out, values),
+        statistics=statistics,
+        balance=_balance(layer, single, keys, context, kind=kind),
+    )
     return heads, store(layer, new, context, config=config, kind=kind)
 
 
@@ -206,10 +219,20 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
     """Absorbs the statistics, then sends the candidates down the chain of tiers."""
     if not layer.tiers:
         return layer
-    policy, owner = layer.policy, layer.owner
+    policy, owner, rotary = layer.policy, layer.owner, context.rotary[config.ropes.index(kind.rope)]
     to_mine = lambda x: to_rows(x, owner)
-    keys, values = to_mine(new.keys), to_mine(new.values)
-    shape = keys.shape[:3]
+    newcomers = Newcomers(
+        queries=None if new.queries is None else to_mine(new.queries),
+        keys=to_mine(new.keys),
+        values=to_mine(new.values),
+        positions=context.positions,
+        valid=context.lasting,
+        count=context.count,
+        offset=context.offsets[0],
+        rotary=rotary,
+        scale=config.query_scale,
+    )
+    shape = newcomers.keys.shape[:3]
     statistics = new.statistics or ((),) * (len(layer.tiers) + 1)
     own_statistic = policy.smooth(statistics[-1], context.lasting) if policy.needs_attention else ()
     own_statistic = jax.tree.map(to_mine, own_statistic)
@@ -217,14 +240,14 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
     slots = [tier.slots for tier in layer.tiers]  # of tiers that were not attended to, being empty, they say nothing
     if len(statistics) == len(layer.tiers) + 1:
         slots = [absorb(tier, statistic) for tier, statistic in zip(slots, statistics[:-1], strict=True)]
-    row = policy.advance(layer.row, context.count, keys, context.lasting)
+    row = policy.advance(layer.row, newcomers)
     own = context.positions - context.offsets[0][:, None]
     spread = lambda x: jnp.broadcast_to(x[:, None, :], shape)
     entries = Entries(
-        keys=keys,
-        values=values,
+        keys=newcomers.keys,
+        values=newcomers.values,
         positions=spread(own),
-        slots=absorb(policy.enter(keys, values, row), own_statistic),
+        slots=absorb(policy.enter(newcomers, row), own_statistic),
         valid=spread(context.candidates) & takes(owner, spread(context.positions)),
         balance=None if new.balance is None else to_mine(new.balance),
     )
@@ -248,7 +271,7 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
         tiers.append(tier)
         if not last:
             shift = offset - context.offsets[number + 1]
-            entries = _reframe(displaced, shift, context.rotary[config.ropes.index(kind.rope)])
+            entries = _reframe(displaced, shift, rotary)
     return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=new.balance, owner=owner)
 
 

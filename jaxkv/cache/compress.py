@@ -67,7 +67,7 @@ def _compress(layer, next_position, limits, index, owner, *, spec):
         row = jax.tree.map(lambda x: to_mine(x) if x.ndim > 1 else x, layer.row[policy.name])
     else:
         row = policy.enter_row((batch, heads, keys.shape[-1]), index)
-        kept = policy.enter(keys, values, row)
+        kept = ()
     entries = Entries(
         keys=keys, values=values, positions=positions, slots=kept, valid=live,
         balance=None if balance is None else to_mine(balance),

@@ -10,7 +10,7 @@ from jaxkv.quantization import get_scheme
 from jaxkv.quantization.balance import factor_of
 from jaxkv.quantization.base import from_bits
 from jaxkv.rope import make_rotary
-from jaxkv.types import Array, Encoded, LayerSpec, LayerState, State, Tier, TierSpec
+from jaxkv.types import Array, Encoded, LayerSpec, LayerState, Newcomers, Rotary, State, Tier, TierSpec
 from pallas_kernels.decode_attention import Packed
 
 EMPTY = -1  # position of a slot that holds nothing
@@ -116,9 +116,29 @@ def empty_tier(policy, spec: TierSpec, limit: Array, shape: tuple[int, int, int]
         keys=encoded(spec.scheme[0], True),
         values=encoded(spec.scheme[1], get_scheme(spec.scheme[1]).slots_minor),
         positions=jnp.full(slots, EMPTY, spec.positions),
-        slots=jax.tree.map(zeros, jax.eval_shape(policy.enter, vectors, vectors, policy.enter_row(shape, 0))),
+        slots=jax.tree.map(
+            zeros, jax.eval_shape(policy.enter, _any_newcomers(shape, spec.slots), policy.enter_row(shape, 0))
+        ),
         limit=jnp.broadcast_to(limit[:, None], (batch, heads)),
         scheme=spec.scheme,
+    )
+
+
+def _any_newcomers(shape: tuple[int, int, int], count: int) -> Newcomers:
+    """What `Policy.enter` is given, as shapes only; shape: (B, P, H)."""
+    batch, heads, size = shape
+    floats = lambda *axes: jax.ShapeDtypeStruct((batch, *axes), jnp.float32)
+    whole = lambda *axes: jax.ShapeDtypeStruct((batch, *axes), jnp.int32)
+    return Newcomers(
+        queries=floats(heads, 1, count, size),
+        keys=floats(heads, count, size),
+        values=floats(heads, count, size),
+        positions=whole(count),
+        valid=jax.ShapeDtypeStruct((batch, count), bool),
+        count=whole(),
+        offset=whole(),
+        rotary=Rotary(frequencies=floats(size // 2), scale=floats()),
+        scale=1.0,
     )
 
 

@@ -11,6 +11,7 @@ from jaxkv.checkpoints import chat
 from jaxkv.checkpoints.errors import CheckpointError, read_json
 
 SPACE = "\u2581"  # how sentencepiece writes a space
+SEAMS = ("\n", "\ue000", ".", "0", "a", "@")  # characters that may stay apart from a text that follows them
 
 
 class Tokenizer:
@@ -55,16 +56,30 @@ class Tokenizer:
         if add_bos and bos_id is None:
             raise CheckpointError("the tokenizer adds a bos token, but no bos token is named")
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, continues: bool = False) -> list[int]:
         """Token ids of `text`. Special tokens written in the text are recognised; none is added but bos, if asked.
 
+        continues: the text goes on where other ids end, so that a tokenizer that puts a space before a text, as
+        SentencePiece does, puts none; ids of both together are then those of the whole text, if no token spans the seam.
         Raises:
           ValueError: add_bos without a bos token.
         """
         if add_bos and self.bos_id is None:
             raise ValueError("add_bos=True, but this tokenizer has no bos token")
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._continued(text) if continues else self._ids(text)
         return [self.bos_id, *ids] if add_bos else ids
+
+    def _ids(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def _continued(self, text: str) -> list[int]:
+        """Ids of `text` after a character that stays a token of its own. Where none does, the text begins anew."""
+        begins = "".join(self.backend.encode("a", add_special_tokens=False).tokens)
+        for before in SEAMS if begins.startswith((SPACE, "\u0120")) else ():
+            head, both = self._ids(before), self._ids(before + text)
+            if both[: len(head)] == head and self.backend.decode(head, skip_special_tokens=False).strip(" ") == before:
+                return both[len(head) :]
+        return self._ids(text)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 come out as U+FFFD. An id without a token (padding rows of an

@@ -6,6 +6,7 @@ The command line, the contract tests, the benchmarks and the README read this ta
 import dataclasses
 
 from jaxkv.policies.base import Policy
+from jaxkv.policies.expected import ExpectedAttention
 from jaxkv.policies.full import Full
 from jaxkv.policies.h2o import H2O
 from jaxkv.policies.keydiff import KeyDiff
@@ -21,7 +22,8 @@ from jaxkv.policies.tova import TOVA
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        Full, Recency, Random, Scissorhands, ScissorhandsReference, H2O, SnapKV, TOVA, KeyNorm, KeyDiff, KVzip, Replay,
+        Full, Recency, Random, Scissorhands, ScissorhandsReference, H2O, SnapKV, TOVA, KeyNorm, KeyDiff, ExpectedAttention,
+        KVzip, Replay,
     )
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 A policy never sees a tier, a batch layout or a kernel. It is asked four things:
 
-    enter(keys, values, row)         what it keeps for slots that were just filled
+    enter(new, row)                  what it keeps for slots that were just filled
     row_statistic(p, visible, ...)   what a block of query rows says of each slot; blocks are merged, in one pass
     absorb(slots, statistic, ...)    the slots' new state after those rows (prompt or decode step, the same)
     score(slots, row, positions)     higher stays
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxkv.types import Array, Rows
+from jaxkv.types import Array, Newcomers, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Policy:
     source: ClassVar[str]
     needs_attention: ClassVar[bool] = False
     needs_replay: ClassVar[bool] = False
+    needs_queries: ClassVar[bool] = False  # in `Newcomers`; else they are None there
 
     recent: int = 10
     sinks: int = 0
@@ -60,8 +61,8 @@ class Policy:
         """How many of the newest tokens are protected under `limit` slots, both [B, P] int32."""
         return jnp.full_like(limit, self.recent)
 
-    def enter(self, keys: Array, values: Array, row: Any) -> Any:
-        """State of freshly filled slots: keys (rotated), values [B, P, n, H] -> a pytree with leaves [B, P, n, ...].
+    def enter(self, new: Newcomers, row: Any) -> Any:
+        """State of slots that the n tokens of an extend have just filled: a pytree with leaves [B, P, n, ...].
 
         `row` is the row's state that already knows of them.
         """
@@ -91,8 +92,8 @@ class Policy:
         """Slots after `count` [B] more query rows, whose summed statistic is given. `row` is from before them."""
         return slots
 
-    def advance(self, row: Any, count: Array, keys: Array, valid: Array) -> Any:
-        """The row's state after `count` [B] more tokens: those of keys [B, P, n, H] that are `valid` [B, n]."""
+    def advance(self, row: Any, new: Newcomers) -> Any:
+        """The row's state after the valid ones of `new`."""
         return row
 
     def score(self, slots: Any, row: Any, positions: Array) -> Array:

@@ -33,8 +33,12 @@ class Full(Policy):
     def needs_replay(self) -> bool:  # type: ignore[override]
         return any(policy.needs_replay for policy in self.observe)
 
-    def enter(self, keys, values, row):
-        return {policy.name: policy.enter(keys, values, row[policy.name]) for policy in self.observe}
+    @property
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return any(policy.needs_queries for policy in self.observe)
+
+    def enter(self, new, row):
+        return {policy.name: policy.enter(new, row[policy.name]) for policy in self.observe}
 
     def enter_row(self, shape, layer):
         return {policy.name: policy.enter_row(shape, layer) for policy in self.observe}
@@ -52,8 +56,8 @@ class Full(Policy):
         statistic = dict(statistic)  # () when no observed policy needs attention
         return {q.name: q.absorb(slots[q.name], statistic.get(q.name, ()), row[q.name], count) for q in self.observe}
 
-    def advance(self, row, count, keys, valid):
-        return {policy.name: policy.advance(row[policy.name], count, keys, valid) for policy in self.observe}
+    def advance(self, row, new):
+        return {policy.name: policy.advance(row[policy.name], new) for policy in self.observe}
 
     def score(self, slots, row, positions):
         return positions.astype(jnp.float32)

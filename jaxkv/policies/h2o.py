@@ -39,8 +39,8 @@ class H2O(Policy):
         share = jnp.floor(limit.astype(jnp.float32) * self.recent_share).astype(jnp.int32)
         return jnp.maximum(share, self.recent)
 
-    def enter(self, keys, values, row):
-        return {"attention": jnp.zeros(keys.shape[:3], jnp.float32)}
+    def enter(self, new, row):
+        return {"attention": jnp.zeros(new.keys.shape[:3], jnp.float32)}
 
     def row_statistic(self, p, visible, rows, row):
         return {"attention": jnp.einsum("bpts,bt->bps", mean_vote(p), rows.valid.astype(p.dtype))}

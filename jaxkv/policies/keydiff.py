@@ -34,12 +34,12 @@ class KeyDiff(Policy):
     def enter_row(self, shape, layer):
         return {"sum": jnp.zeros(shape, jnp.float32)}
 
-    def advance(self, row, count, keys, valid):
-        used = jnp.where(valid[:, None, :, None], keys.astype(jnp.float32), 0.0)
+    def advance(self, row, new):
+        used = jnp.where(new.valid[:, None, :, None], new.keys.astype(jnp.float32), 0.0)
         return {"sum": row["sum"] + normalised(used).sum(axis=2)}
 
-    def enter(self, keys, values, row):
-        return {"likeness": to_bits((normalised(keys) * normalised(row["sum"])[:, :, None]).sum(axis=-1))}
+    def enter(self, new, row):
+        return {"likeness": to_bits((normalised(new.keys) * normalised(row["sum"])[:, :, None]).sum(axis=-1))}
 
     def score(self, slots, row, positions):
         return -from_bits(slots["likeness"])

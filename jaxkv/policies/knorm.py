@@ -22,8 +22,8 @@ class KeyNorm(Policy):
     summary: ClassVar[str] = "the tokens with the smallest keys"
     source: ClassVar[str] = "L2 norm, arXiv 2406.11430"
 
-    def enter(self, keys, values, row):
-        return {"norm": to_bits(jnp.sqrt(jnp.square(keys.astype(jnp.float32)).sum(axis=-1)))}
+    def enter(self, new, row):
+        return {"norm": to_bits(jnp.sqrt(jnp.square(new.keys.astype(jnp.float32)).sum(axis=-1)))}
 
     def score(self, slots, row, positions):
         return -from_bits(slots["norm"])

@@ -32,8 +32,8 @@ class KVzip(Policy):
 
     recent: int = 32
 
-    def enter(self, keys, values, row):
-        return {"attention": jnp.zeros(keys.shape[:3], jnp.uint16)}
+    def enter(self, new, row):
+        return {"attention": jnp.zeros(new.keys.shape[:3], jnp.uint16)}
 
     def row_statistic(self, p, visible, rows, row):
         looks = rows.replay if rows.own else rows.replay | rows.valid

@@ -46,11 +46,11 @@ class Replay(Policy):
     def enter_row(self, shape, layer):
         return {"read": jnp.zeros(shape[:1], jnp.int32)}
 
-    def advance(self, row, count, keys, valid):
-        return {"read": row["read"] + count}
+    def advance(self, row, new):
+        return {"read": row["read"] + new.count}
 
-    def enter(self, keys, values, row):
-        return {"attention": jnp.zeros(keys.shape[:3], jnp.uint16)}
+    def enter(self, new, row):
+        return {"attention": jnp.zeros(new.keys.shape[:3], jnp.uint16)}
 
     def row_statistic(self, p, visible, rows, row):
         looks = rows.valid & (rows.remaining < self.window) | rows.replay

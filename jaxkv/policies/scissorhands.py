@@ -49,8 +49,8 @@ class Scissorhands(Policy):
     def _bucket(self) -> int:
         return self.window // BUCKETS
 
-    def enter(self, keys, values, row):
-        return {"low": jnp.zeros(keys.shape[:3], jnp.uint32)}
+    def enter(self, new, row):
+        return {"low": jnp.zeros(new.keys.shape[:3], jnp.uint32)}
 
     def enter_row(self, shape, layer):
         return {"filled": jnp.zeros(shape[:1], jnp.int32)}
@@ -77,8 +77,8 @@ class Scissorhands(Policy):
         old = jnp.where(expand(age, slots["low"]) < BUCKETS, slots["low"] << shift, jnp.uint32(0))
         return {"low": old + statistic["low"]}
 
-    def advance(self, row, count, keys, valid):
-        return {"filled": self._filled_after(row["filled"], count)}
+    def advance(self, row, new):
+        return {"filled": self._filled_after(row["filled"], new.count)}
 
     def score(self, slots, row, positions):
         packed = slots["low"]
@@ -102,8 +102,8 @@ class ScissorhandsReference(Policy):
         if self.window < 8 or self.window % 8:
             raise ValueError(f"window must be a positive multiple of 8, got {self.window}")
 
-    def enter(self, keys, values, row):
-        return {"low": jnp.zeros((*keys.shape[:3], self.window // 8), jnp.uint8)}
+    def enter(self, new, row):
+        return {"low": jnp.zeros((*new.keys.shape[:3], self.window // 8), jnp.uint8)}
 
     def enter_row(self, shape, layer):
         return {"step": jnp.zeros(shape[:1], jnp.int32)}
@@ -132,8 +132,8 @@ class ScissorhandsReference(Policy):
         ).sum(axis=1, dtype=jnp.uint8)
         return {"low": (slots["low"] & ~expand_to_slots(fresh)) | statistic["low"]}
 
-    def advance(self, row, count, keys, valid):
-        return {"step": row["step"] + count}
+    def advance(self, row, new):
+        return {"step": row["step"] + new.count}
 
     def score(self, slots, row, positions):
         return -jnp.bitwise_count(slots["low"]).sum(axis=-1, dtype=jnp.int32).astype(jnp.float32)

@@ -37,8 +37,8 @@ class SnapKV(Policy):
         if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"pool must be odd and at least 1, got {self.pool}")
 
-    def enter(self, keys, values, row):
-        return {"attention": jnp.zeros(keys.shape[:3], jnp.float32)}
+    def enter(self, new, row):
+        return {"attention": jnp.zeros(new.keys.shape[:3], jnp.float32)}
 
     def row_statistic(self, p, visible, rows, row):
         near = rows.valid & (rows.remaining < self.window)

@@ -25,8 +25,8 @@ class TOVA(Policy):
 
     recent: int = 1
 
-    def enter(self, keys, values, row):
-        return {"attention": jnp.zeros(keys.shape[:3], jnp.uint16)}
+    def enter(self, new, row):
+        return {"attention": jnp.zeros(new.keys.shape[:3], jnp.uint16)}
 
     def row_statistic(self, p, visible, rows, row):
         last = rows.valid & (rows.remaining == 0)
