@@ -222,10 +222,10 @@ def _store(layer, keys, values, statistics, context, *, config, kind):
             retention(policy, x.slots, row, positions_of(x) + offset[:, None, None], upto, context.newest)
             for x in (tier, entries)
         )
-        last = number == len(layer.tiers) - 1
-        tier, displaced = insert(tier, entries, scores=scores, displace=not last)
+        below = layer.tiers[number + 1 :]
+        tier, displaced = insert(tier, entries, scores=scores, below=below)
         tiers.append(tier)
-        if not last:
+        if below:
             shift = offset - context.offsets[number + 1]
             entries = _reframe(displaced, shift, context.rotary[config.ropes.index(kind.rope)])
     return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=layer.balance)

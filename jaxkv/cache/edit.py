@@ -99,7 +99,7 @@ def _join(a: Tier, b: Tier, shift: Array, rotary, balance) -> Tier:
     cos, sin = angles(turn, shift[:, None])
     keys, _ = plain_entries(b, balance)
     flat = keys.reshape(keys.shape[0], 1, -1, keys.shape[-1])
-    turned = encode_keys(b.scheme[0], rotate(flat, cos, sin).reshape(keys.shape), balance)
+    turned = encode_keys(b.scheme[0], rotate(flat, cos, sin).reshape(keys.shape), balance, live_slots(b))
     both = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
     minor = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), turned)
     values_axis = 3 if get_scheme(b.scheme[1]).slots_minor else 2
