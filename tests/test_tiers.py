@@ -105,7 +105,12 @@ def stored(name):
 
 def store(tiers):
     """What each tier makes of keys and values of the reference that enter together."""
-    pairs = [(one, one) if isinstance(one, str) else one for one in LISTS[tiers]]
+    return store_of(LISTS[tiers])
+
+
+def store_of(schemes):
+    """The same for a list that has no name."""
+    pairs = [(one, one) if isinstance(one, str) else one for one in schemes]
 
     def once(name, x):
         whole = np.concatenate([x, np.repeat(x[:1], -len(x) % get_scheme(name).granule, axis=0)])
