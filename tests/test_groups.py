@@ -17,7 +17,7 @@ from jaxkv.cache.state import live_slots, plain_entries, tier_keys
 from jaxkv.policies import Full
 from jaxkv.rope import angles, rotate
 
-PAIR = ("bf16", ("kivi2", "int2"))
+PAIR = ("f32", ("kivi2", "int2"))  # bfloat16 would let float32 and float64 round apart: `test_tiers.py` has it
 SLOTS = (40, 64)  # the first has room for 8 and for 31 that wait
 
 
@@ -66,7 +66,7 @@ def test_groups_of_32_against_the_reference(name):
     results = run(name, case)
     assert [t.keys.factors[0].shape[3] for t in results[4].layers[0].tiers if t.keys.factors] == [2]
     for row in range(2):
-        same, margin = check_oracle(small(name), case, results, MIXED, row, stored=store_of(PAIR), ties=4)
+        same, margin = check_oracle(small(name), case, results, MIXED, row, stored=store_of(PAIR))
         assert same or margin < tolerances.STORED_MARGIN, f"row {row}, margin {margin}"
 
 
@@ -80,10 +80,10 @@ def test_the_reference_sees(wrong):
     results = run("recency", case)
     if wrong == "alone":
         with pytest.raises(AssertionError):
-            check_oracle(small("recency"), case, results, MIXED, 0, ties=4, stored=alone)
+            check_oracle(small("recency"), case, results, MIXED, 0, stored=alone)
     else:
         reference = lambda *args, granules, **other: cache_reference.Reference(*args, **other)
-        assert not check_oracle(small("recency"), case, results, MIXED, 0, reference, ties=4, stored=good)[0]
+        assert not check_oracle(small("recency"), case, results, MIXED, 0, reference, stored=good)[0]
 
 
 def test_a_group_that_is_kept_is_never_moved_nor_encoded_again():
@@ -99,12 +99,13 @@ def test_a_group_that_is_kept_is_never_moved_nor_encoded_again():
             np.testing.assert_array_equal(x[mask], y[mask])
 
 
-def full_groups(seed):
+def full_groups(seed, config=PLAIN):
     case = dataclasses.replace(long_case([[8, 8], [64, 64]]), valid=np.ones((2, 72), bool))
     case = dataclasses.replace(case, tokens=np.random.default_rng(seed).integers(0, 64, (2, 72)).astype(np.int32))
-    return read(small("recency"), case, PLAIN, slots=SLOTS, scheme=PAIR)[1]
+    return read(small("recency"), case, config, slots=SLOTS, scheme=PAIR)[1]
 
 
+@pytest.mark.slow
 def test_drop_leaves_the_rest_of_a_group_as_it_was():
     state = full_groups(0)
     before = jax.device_get(state)
@@ -119,11 +120,11 @@ def test_drop_leaves_the_rest_of_a_group_as_it_was():
     assert (held == 32).all()  # the group with holes was the older one: it left
 
 
+@pytest.mark.slow
 def test_concat_turns_and_encodes_groups_once_more():
     first, second = full_groups(0), full_groups(1)
     second = drop(second, start=jnp.array([3, 0]), stop=jnp.array([9, 0]))  # dead members do not count in their group
-    spoiled = jax.tree.map(lambda x: x, second)
-    both = concat(first, spoiled, config=PLAIN)
+    both = concat(first, second, config=PLAIN)
     for a, b, joined in zip(first.layers, second.layers, both.layers, strict=True):
         one, two, tier = a.tiers[1], b.tiers[1], joined.tiers[1]
         np.testing.assert_array_equal(tier.positions[..., 64:], np.where(two.positions >= 0, two.positions + 72, -1))
@@ -145,14 +146,15 @@ def test_concat_turns_and_encodes_groups_once_more():
 
 
 def test_a_saved_state_of_groups_goes_on():
-    case, state = long_case([[8, 8], [64, 32]]), full_groups(0)
-    model = fingerprint(PLAIN, PARAMS)
-    back, _ = unpack_state(pack_state(state, model=model, extra={}), config=PLAIN, model=model, where="here")
+    case, state = long_case([[8, 8], [64, 32]]), full_groups(0, MIXED)
+    model = fingerprint(MIXED, PARAMS)
+    back, _ = unpack_state(pack_state(state, model=model, extra={}), config=MIXED, model=model, where="here")
     assert_rows_equal(back, state, range(2))
-    one, other = go_on(case, back, PLAIN), go_on(case, state, PLAIN)
+    one, other = go_on(case, back), go_on(case, state)
     assert_rows_equal(one[2], other[2], range(2))
 
 
+@pytest.mark.slow
 def test_a_full_cache_of_groups_counts_what_waits():
     """31 more than the places fit; in place of a token that was dropped from a group, nothing does."""
     limits = [[8, 8], [64, 64]]

@@ -164,9 +164,9 @@ def packed_values(tier: Tier) -> Array | Packed:
 def _packed(encoded: Encoded, name: str, slots_minor: bool) -> Array | Packed:
     scheme = get_scheme(name)
     if scheme.level is None:
-        return encoded.codes if scheme.granule == 1 else scheme.decode(encoded, -2)
+        return encoded.codes
     scale, zero = (*map(from_bits, encoded.factors), None, None)[:2]
-    return Packed(encoded.codes, int(scheme.bits), scheme.level, scale, zero, slots_minor)
+    return Packed(encoded.codes, int(scheme.bits), scheme.level, scale, zero, slots_minor, scheme.granule)
 
 
 def plain_entries(tier: Tier, balance: Array | None) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ import functools
 import jax.numpy as jnp
 
 from jaxkv.quantization.base import Scheme, finite, from_bits, spread
-from jaxkv.quantization.integers import fit
+from jaxkv.quantization.integers import fit, level
 from jaxkv.quantization.packing import pack, unpack
 from jaxkv.types import Array, Encoded
 
@@ -41,6 +41,7 @@ def scheme(bits: int, granule: int = GRANULE) -> Scheme:
         name=f"kivi{bits}", summary=f"{bits} bits, round to nearest, scale and zero per channel of {granule} tokens", bits=bits,
         carrier="uint8", factors=2, multiple={4: 2, 2: 4}[bits], granule=granule, keys_only=True,
         encode=functools.partial(encode, bits=bits, granule=granule), decode=functools.partial(decode, bits=bits),
+        level=level,
     )  # fmt: skip
 
 
