@@ -37,7 +37,8 @@ class Encoded:
     """Keys or values of a tier as its scheme stores them.
 
     codes: carrier array. Keys are slots-minor [B, P, H', S]; float values are [B, P, S, H'].
-    factors: the scheme's scales and zeros, [B, P, groups, S] each; empty for floats.
+    factors: the scheme's scales and zeros, [B, P, groups, S] each, or [B, P, H, S / granule] where slots share them; empty
+    for floats.
     """
 
     codes: Array
@@ -50,7 +51,8 @@ class Tier:
 
     positions [B, P, S] int16 or int32: position of the token in each slot before `State.offsets`; -1 = empty.
     slots: the policy's pytree, leaves [B, P, S, ...].
-    limit [B, P] int32: slots this row may use, <= S. Data, so that a sweep over budgets runs one program.
+    limit [B, P] int32: slots this row may use, <= S. Data, so that a sweep over budgets runs one program. Whole groups, where
+    the scheme has those; above such a tier, up to granule - 1 more entries wait.
     scheme: (key scheme, value scheme), rows of the table of `jaxkv.quantization`.
     """
 

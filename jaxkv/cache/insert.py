@@ -54,7 +54,9 @@ def insert(
         leave = jnp.where(_grouped(below), leave // group * group, leave)
     if below:  # what cannot be handed on, stays
         leave = jnp.minimum(leave, most)
-    keep = live & (_rank(live, score, position) < (held - leave)[..., None])
+    nobody = lambda *_: jnp.zeros(live.shape, jnp.int32)
+    rank = jax.lax.cond((leave > 0).any(), _rank, nobody, live, score, position)  # most steps of a tier of groups
+    keep = live & (rank < (held - leave)[..., None])
     kept, entering = keep[..., :-count], keep[..., -count:]
     free = jnp.cumsum(~kept, axis=-1, dtype=jnp.int32) - 1  # of slots: which free slot this is
     order = _compact(entering)  # of entries: the i-th that enters, n where there is none
