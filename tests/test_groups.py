@@ -180,3 +180,22 @@ def new_state_of(limits):
     return empty_state(
         PLAIN, spec_of(Full(), SLOTS, PAIR), limits=np.stack([limits] * 2).astype(np.int32), lengths=[112, 112]
     )
+
+
+@pytest.mark.slow
+def test_a_bfloat16_model_decodes_from_groups():
+    """By decode and by extend, and near what a float32 model makes of the same tokens."""
+    case = long_case([[8, 8], [64, 32]])
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+
+    def steps(params, by):
+        _, after = read(small("recency"), case, slots=SLOTS, scheme=("bf16", ("kivi4", "int4")), params=params)
+        hidden, positions, _ = go_on(case, after, by=by, params=params)
+        return np.asarray(hidden[case.then_valid], np.float32), jax.tree.leaves(positions)
+
+    (found, at), (other, same), (exact, _) = steps(half, "decode"), steps(half, "extend"), steps(PARAMS, "decode")
+    np.testing.assert_allclose(found, other, rtol=0, atol=tolerances.HIDDEN_BF16_MODEL)
+    for one, two in zip(at, same, strict=True):
+        np.testing.assert_array_equal(np.sort(one), np.sort(two))
+    assert np.abs(found - exact).mean() < tolerances.HIDDEN_BF16_MODEL / 2  # codes near an edge may fall either way
+    assert np.abs(found - np.roll(exact, 1, axis=0)).mean() > 2 * tolerances.HIDDEN_BF16_MODEL
