@@ -47,7 +47,7 @@ def insert(
     new = _items(entries.valid, scores[1], entries.positions, granule)
     live, score, position = (jnp.concatenate(pair, axis=-1) for pair in zip(there, new, strict=True))
     held = live.sum(axis=-1, dtype=jnp.int32)
-    leave = jnp.maximum(held - tier.limit // granule, 0)
+    leave = jnp.maximum(held - _places(tier), 0)
     most = count
     if granule == 1 and group > 1:
         most = (count + group - 1) // group * group
@@ -57,7 +57,7 @@ def insert(
     nobody = lambda *_: jnp.zeros(live.shape, jnp.int32)
     rank = jax.lax.cond((leave > 0).any(), _rank, nobody, live, score, position)  # most steps of a tier of groups
     keep = live & (rank < (held - leave)[..., None])
-    kept, entering = keep[..., :-count], keep[..., -count:]
+    kept, entering = jnp.split(keep, [keep.shape[-1] - count], axis=-1)
     free = jnp.cumsum(~kept, axis=-1, dtype=jnp.int32) - 1  # of slots: which free slot this is
     order = _compact(entering)  # of entries: the i-th that enters, n where there is none
     source = jnp.where(kept, count, _pick(order, free))
@@ -73,6 +73,12 @@ def _items(live, scores, positions, granule):
         return live, scores, positions
     groups = lambda x, dead: jnp.where(live, x, dead).reshape(*live.shape[:-1], -1, granule).max(axis=-1)
     return groups(live, False), groups(scores, -jnp.inf), groups(positions, EMPTY)
+
+
+def _places(tier):
+    """How many items the tier may keep, [B, P]."""
+    granule = granule_of(tier)
+    return tier.limit if granule == 1 else tier.limit // granule
 
 
 def _members(index, granule):
@@ -212,7 +218,7 @@ def _insert_one(tier, entries, scores, displace):
     oldest = jnp.where(live & (standing == least[..., None]), ages, jnp.iinfo(jnp.int32).max)
     age = oldest.min(axis=-1)
     worst = jnp.where(oldest == age[..., None], index, slots).min(axis=-1)
-    room = live.sum(axis=-1, dtype=jnp.int32) < tier.limit // granule
+    room = live.sum(axis=-1, dtype=jnp.int32) < _places(tier)
     better = (score > least) | ((score == least) & (position > age))
     slot = jnp.where(room, jnp.where(live, slots, index).min(axis=-1), jnp.where(better, worst, slots))
     slot = jnp.where(valid & (tier.limit >= granule), slot, slots)  # past the end = nowhere
