@@ -46,7 +46,8 @@ def _slot_bytes(preset, part) -> int:
             )
         )
     )
-    return size(2) - size(1)
+    granule = part.granule
+    return (size(2 * granule) - size(granule)) // granule
 
 
 def figures() -> str:

@@ -24,6 +24,11 @@ class Part:
     share: float = 0.0
     slots: int | None = None
 
+    @property
+    def granule(self) -> int:
+        """Slots that are filled together."""
+        return 1 if self.keys == COMPUTE else get_scheme(self.keys).granule
+
     def __post_init__(self):
         for name in (self.keys, self.values):
             if name != COMPUTE:
@@ -58,6 +63,13 @@ class Preset:
                 raise ValueError(f"preset {self.name!r} has no tiers; give at least one Part")
             if abs(sum(part.share for part in parts) - 1) > 1e-6:
                 raise ValueError(f"the shares of preset {self.name!r} must add up to 1, got {[p.share for p in parts]}")
+            if parts[0].granule > 1:
+                raise ValueError(
+                    f"preset {self.name!r} starts with {parts[0].keys!r}, whose groups of {parts[0].granule} tokens need a tier"
+                    " above them to wait in; put a Part of 'bf16' first"
+                )
+            if any((part.slots or 0) % part.granule for part in parts):
+                raise ValueError(f"preset {self.name!r} has a part whose slots are not whole groups: {parts}")
         if not self.funnel > 0:
             raise ValueError(f"funnel must be more than 0, got {self.funnel}")
 
@@ -120,6 +132,13 @@ PRESETS: dict[str, Preset] = {
                 tiers((1.0, f"rotated{bits}")),
             )
             for bits in (4, 3, 2)
+        ),
+        *(
+            _preset(
+                f"kivi-{bits}", f"the newest, 32 exact, the rest in {bits} bits, keys per channel", Recency(recent=RESIDUAL),
+                tiers((1.0, f"kivi{bits}", f"int{bits}")), source="KIVI, arXiv 2402.02750",
+            )
+            for bits in (4, 2)
         ),
         Preset(
             name="auto", summary="replay over rotated tiers, as many bits as the bytes allow", policy=Replay(), calibrated=True,

@@ -38,7 +38,8 @@ class Encoded:
     """Keys or values of a tier as its scheme stores them.
 
     codes: carrier array. Keys are slots-minor [B, P, H', S]; float values are [B, P, S, H'].
-    factors: the scheme's scales and zeros, [B, P, groups, S] each; empty for floats.
+    factors: the scheme's scales and zeros, [B, P, groups, S] each, or [B, P, H, S / granule] where slots share them; empty
+    for floats.
     """
 
     codes: Array
@@ -51,7 +52,8 @@ class Tier:
 
     positions [B, P, S] int16 or int32: position of the token in each slot before `State.offsets`; -1 = empty.
     slots: the policy's pytree, leaves [B, P, S, ...].
-    limit [B, P] int32: slots this row may use, <= S. Data, so that a sweep over budgets runs one program.
+    limit [B, P] int32: slots this row may use, <= S. Data, so that a sweep over budgets runs one program. Whole groups, where
+    the scheme has those; above such a tier, up to granule - 1 more entries wait.
     scheme: (key scheme, value scheme), rows of the table of `jaxkv.quantization`.
     """
 
@@ -114,7 +116,8 @@ class Entries:
 class Newcomers:
     """The tokens of one extend, for `Policy.advance` and `Policy.enter`.
 
-    queries [B, P, G, n, H] (None unless the policy needs them), keys [B, P, n, H]: rotated by `rotary` at positions - offset; values [B, P, n, H].
+    queries [B, P, G, n, H] (None unless the policy needs them), keys [B, P, n, H]: rotated by `rotary` at positions - offset;
+    values [B, P, n, H].
     positions [B, n] int32. valid [B, n] bool: tokens that take a place in the row; count [B] int32: how many those are.
     offset [B] int32: of the first tier. scale: of the logits, query . key.
     """

@@ -58,12 +58,20 @@ every_evicting = pytest.mark.parametrize("name", quick_or_slow(EVICTING))
 # Running
 
 
-def budgets(policy, limits, config=MIXED):
+def budgets(policy, limits, config=MIXED, granules=None):
     """int [L, tiers, B] from limits [tiers][B]: local layers never hold more than their window, `full` holds all."""
     limits = np.asarray(limits, np.int32)
     if isinstance(policy, Full):
         limits = np.full_like(limits, SLOTS)
-    return np.stack([limits if c.window is None else np.minimum(limits, c.window) for c in config.layers])
+    size = np.asarray(granules or [1] * len(limits))[:, None]
+    return np.stack(
+        [limits if c.window is None else np.minimum(limits, c.window) // size * size for c in config.layers]
+    )
+
+
+def granules_of(state):
+    """Of its tiers."""
+    return [get_scheme(tier.scheme[0]).granule for tier in state.layers[0].tiers]
 
 
 def spec_of(policy, slots=(SLOTS,), scheme="f32", positions="int32", rows=None):
@@ -84,9 +92,8 @@ def owners_of(rows, batch=B):
 
 def new_state(policy, limits, config=MIXED, slots=(SLOTS,), scheme="f32", positions="int32", rows=None):
     spec, batch = spec_of(policy, slots, scheme, positions, rows), len(limits[0])
-    return empty_state(
-        config, spec, limits=budgets(policy, limits, config), lengths=[T + STEPS] * batch, owners=owners_of(rows, batch)
-    )
+    limits = budgets(policy, limits, config, [get_scheme(tier.scheme[0]).granule for tier in spec[0].tiers])
+    return empty_state(config, spec, limits=limits, lengths=[T + STEPS] * batch, owners=owners_of(rows, batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +264,8 @@ def poison(state):
         def garbage(encoded, slots_minor, floats):
             """Some codes, finite also as fp8, and large factors; floats: where codes are float32, and bfloat16's bits."""
             number = {"float32": floats[0], "uint16": floats[1], "uint8": 0x7B}[encoded.codes.dtype.name]
-            factors = tuple(filled(x, np.broadcast_to(minor, x.shape), 0x7149) for x in encoded.factors)
+            of_groups = lambda x: minor.reshape(*minor.shape[:3], x.shape[3], -1).all(axis=-1)
+            factors = tuple(filled(x, np.broadcast_to(of_groups(x), x.shape), 0x7149) for x in encoded.factors)
             where = np.broadcast_to(minor, encoded.codes.shape) if slots_minor else dead
             return Encoded(codes=filled(encoded.codes, where, number), factors=factors)
 
@@ -298,7 +306,8 @@ def check_promises(policy, case, results, config):
     counts = case.valid.sum(axis=1) + np.cumsum(
         np.vstack([np.zeros((1, B), int), case.then_valid]), axis=0
     )  # [step, B]
-    limits = budgets(policy, case.limits, config)
+    granules = granules_of(after)
+    limits, group = budgets(policy, case.limits, config, granules), max(granules)
     for index, kind in enumerate(config.layers):
         first = [np.asarray(tier.positions) for tier in after.layers[index].tiers]
         history = [first] + [[tier[i] for tier in steps[index]] for i in range(STEPS)]
@@ -306,13 +315,18 @@ def check_promises(policy, case, results, config):
             before = None
             for i, tiers in enumerate(history):
                 sets = [live_set(tier[b, p]) for tier in tiers]
-                assert all(len(held) <= limits[index, n, b] for n, held in enumerate(sets))
+                waits = [  # for a group to be whole
+                    (group - 1) * (size == 1 and granules[n + 1 : n + 2] == [group] and limits[index, n + 1 :, b].any())
+                    for n, size in enumerate(granules)
+                ]
+                assert all(len(held) <= limits[index, n, b] + waits[n] for n, held in enumerate(sets))
                 held, newest = set().union(*sets), int(counts[i, b]) - 1
                 assert sum(map(len, sets)) == len(held) and all(0 <= x <= newest for x in held)
                 if kind.window is not None:
                     assert all(newest + 1 - x < kind.window for x in held)
-                else:
-                    assert len(held) == min(limits[index, :, b].sum(), newest + 1)  # what there is room for stays
+                else:  # what there is room for stays
+                    room = limits[index, :, b].sum()
+                    assert min(room, newest + 1) <= len(held) <= room + sum(waits)
                 must = sorted(protected_positions(policy, limits[index, 0, b], newest, kind.window), reverse=True)
                 assert sets[0] >= set(must[: limits[index, 0, b]])  # the newest of them, where not all fit
                 if before is not None:
@@ -340,7 +354,9 @@ def check_oracle(policy, case, results, config, row, oracle=cache_reference.Refe
     in a row that may have held one that has left, hidden states are held to `HIDDEN_TIED`; the latter row is undecided.
     """
     hidden, after, hiddens, steps, final = results
-    reference = oracle(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config)[..., row], **more)
+    if max(granules := granules_of(after)) > 1:
+        more["granules"] = granules
+    reference = oracle(WIDE_PARAMS, config, policy, budgets(policy, case.limits, config, granules)[..., row], **more)
     prompt, block_rows = case.valid[row].any(), range(len(reference.rows))
     expected = [reference.read(case.tokens[row][case.valid[row]])] if prompt else [np.zeros((0, hidden.shape[-1]))]
     found = [hidden[row][case.valid[row]]]

@@ -7,6 +7,7 @@ run.layers[l][k][tier]                               the `Token`s that kv head k
 """
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -18,7 +19,7 @@ class Token:
 
     queries: those of its step, one per head of the group, before RoPE. expected: the score of expected attention.
     peak: the most that a query head of a later read gave it. fading: SnapKV's score. likeness: KeyDiff's cosine. norm: of the
-    key as it was given.
+    key as it was given. group: of the tier that it lies in, if that keeps groups.
     """
 
     position: int
@@ -29,6 +30,7 @@ class Token:
     fading: float = 0.0
     likeness: float = 0.0
     norm: float = 0.0
+    group: list | None = dataclasses.field(default=None, repr=False)
     squares: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     queries: tuple[np.ndarray, ...] = ()
     expected: float = 0.0
@@ -51,17 +53,54 @@ def insert(slots, entries, limit):
     return after, gone
 
 
+def pass_down(tiers, arriving, limits, granules, rank):
+    """One token list after another: what each tier holds after `arriving` have gone down the chain, and who left it.
+
+    A tier with granule g > 1 keeps whole groups, as good as their best member; above it, a surplus that is no multiple of g
+    waits, unless no tier of groups below has room. rank: (token, tier number) -> what is compared, before the position.
+    Returns: per tier (held, newcomers in the groups that they are encoded in, ranks of the last kept and the first displaced
+    or None); the `group` of tokens is set.
+    """
+    steps = []
+    for number, (held, limit, granule) in enumerate(zip(tiers, limits, granules, strict=True)):
+        if granule == 1:
+            groups, fresh = [[token] for token in held], [[token] for token in arriving]
+        else:
+            groups = [[t for t in held if t.group is one] for one in {id(t.group): t.group for t in held}.values()]
+            line = sorted(arriving, key=lambda t: t.position)
+            fresh = [line[i : i + granule] for i in range(0, len(line), granule)]
+        best = lambda group, number=number: (max(rank(t, number) for t in group), max(t.position for t in group))
+        ranked = sorted(groups + fresh, key=best, reverse=True)
+        room, surplus = limit // granule, max(0, len(ranked) - limit // granule)
+        below = list(
+            itertools.takewhile(lambda one: one[1] > 1, zip(limits[number + 1 :], granules[number + 1 :], strict=True))
+        )
+        if granule == 1 and any(limit for limit, _ in below):
+            room += surplus % below[0][1]
+        kept = ranked[:room]
+        newcomers = [group for group in kept if any(group is one for one in fresh)]
+        for group in newcomers:
+            for token in group:
+                token.group = None if granule == 1 else group
+        arriving = [token for group in ranked[room:] for token in group]
+        edge = (best(ranked[room - 1])[0], best(ranked[room])[0]) if kept and arriving else None
+        steps.append(([token for group in kept for token in group], newcomers, edge))
+    return steps
+
+
 class Reference:
     """One row through the tiny models of `test_cache.py` (default RoPE, no biases), float64.
 
-    stored: (tier, key, value, balance) -> what a tier makes of an entry's key and value when it enters.
+    stored: (tier, keys, values, balance) -> what a tier makes of the keys and values [n, H] of entries that enter together:
+    of one, or of a group. granules: of the tiers.
     margin: the least distance of any decision from falling the other way: of a probability from the threshold of low
     attention, relative; of the last kept score from the first evicted.
     """
 
-    def __init__(self, params, config, policy, limits, stored=None, rows=None):
+    def __init__(self, params, config, policy, limits, stored=None, granules=None, rows=None):
         self.rows = rows or tuple(range(config.num_kv_heads))  # the kv head of each block row
-        self.stored = stored or (lambda tier, key, value, balance: (key, value))
+        self.stored = stored or (lambda tier, keys, values, balance: (keys, values))
+        self.granules = granules or [1] * len(limits[0])
         self.balance = [[None] * config.num_kv_heads for _ in config.layers]
         self.params, self.config, self.policy, self.limits = params, config, policy, limits
         self.layers = [
@@ -193,23 +232,22 @@ class Reference:
 
     def _store_row(self, index, head, row, rows, arriving):
         """The newcomers go down the chain; each tier keeps its best."""
-        window = self.config.layers[index].window
-        first_tier = row * len(self.limits[0])
-        tiers = self.layers[index][head]
-        for number, limit in enumerate(self.limits[index]):
-            upto, number = rows * sum(self.limits[index][: number + 1]), first_tier + number
-            rivals = tiers[number] + arriving
-            if window is not None:
-                rivals = [token for token in rivals if self.steps - token.position < window]
-            ranked = sorted(rivals, key=lambda t: (*self._rank(t, index, head, upto), t.position), reverse=True)
-            held = {token.position for token in tiers[number]}
-            tiers[number], arriving = ranked[:limit], ranked[limit:]
-            for token in tiers[number]:
-                if token.position not in held:
-                    tier = number - first_tier
-                    token.key, token.value = self.stored(tier, token.key, token.value, self.balance[index][head])
-            if tiers[number] and arriving:
-                (last, a), (first, b) = (self._rank(t, index, head, upto) for t in (tiers[number][-1], arriving[0]))
+        window, limits = self.config.layers[index].window, self.limits[index]
+        seen = lambda tokens: [t for t in tokens if window is None or self.steps - t.position < window]
+        tiers, start = self.layers[index][head], row * len(limits)
+        rank = lambda token, number: self._rank(token, index, head, rows * sum(limits[: number + 1]))
+        steps = pass_down(
+            [seen(tier) for tier in tiers[start : start + len(limits)]], seen(arriving), limits, self.granules, rank
+        )
+        for number, (held, newcomers, edge) in enumerate(steps):
+            tiers[start + number] = held
+            for group in newcomers:
+                keys, values = ([getattr(t, name) for t in group] for name in ("key", "value"))
+                stored = self.stored(number, np.stack(keys), np.stack(values), self.balance[index][head])
+                for token, key, value in zip(group, *stored, strict=True):
+                    token.key, token.value = key, value
+            if edge is not None:
+                (last, a), (first, b) = edge
                 if not last and not first and self.policy.name in ("h2o", "snapkv", "replay"):
                     self.margin = min(self.margin, abs(a - b))
 

@@ -140,6 +140,39 @@ def test_packed_keys_and_values(name, channels, slots):
 
 
 @pytest.mark.parametrize(
+    "channels, bits, slots, granule", [(16, 4, 64, 32), (64, 2, 96, 32), (32, 2, 32, 4), (8, 2, 32, 32)]
+)
+def test_packed_keys_whose_slots_share_factors(channels, bits, slots, granule):
+    """A scale and a zero per channel of so many adjacent slots; dead groups hold large factors."""
+    rng, per = np.random.default_rng(slots), 8 // bits
+    codes = rng.integers(0, 2**bits, (2, 2, channels, slots)).astype(np.uint8)
+    rows = [sum(codes[:, :, h + i] << (bits * i) for i in range(per)) for h in range(0, channels, per)]
+    scale, zero = rng.random((2, 2, 2, channels, slots // granule)).astype(np.float32)
+    live = rng.random((2, 2, slots)) < 0.6
+    live[1, 1, :granule] = False
+    scale[1, 1, :, 0] = zero[1, 1, :, 0] = 1e30
+    wide = lambda x: np.repeat(x, granule, axis=3)
+    keys = Packed(
+        jnp.asarray(np.stack(rows, axis=2)), bits, lambda c: c.astype(jnp.float32), jnp.asarray(scale), jnp.asarray(zero),
+        granule=granule,
+    )  # fmt: skip
+    queries = rng.standard_normal((2, 2, 3, channels)).astype(np.float32)
+    values = rng.standard_normal((2, 2, slots, channels)).astype(np.float32)
+    mine = Source(jnp.asarray(queries), keys, jnp.asarray(values), jnp.asarray(live))
+    out, (p,) = decode_attention((mine,), scale=0.1, softcap=None)
+    meant = Source(queries, codes * wide(scale) + wide(zero), values, live)
+    expected, (share,) = decode_reference.decode_attention((meant,), scale=0.1, softcap=None)
+    np.testing.assert_allclose(out, expected, rtol=tolerances.PACKED, atol=tolerances.PACKED)
+    np.testing.assert_allclose(p, share, rtol=0, atol=tolerances.ATTENTION)
+    if slots == granule:
+        return
+    late = Source(queries, codes * np.roll(wide(scale), 1, axis=3) + wide(zero), values, live)
+    assert (
+        np.abs(decode_reference.decode_attention((late,), scale=0.1, softcap=None)[0] - out).max() > tolerances.PACKED
+    )
+
+
+@pytest.mark.parametrize(
     "wrong", ["keys as values", "mask off by one", "scale dropped", "zeros", "no cap", "one query"]
 )
 def test_decode_tolerance_sees(wrong):

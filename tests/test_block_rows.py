@@ -28,7 +28,7 @@ from cache_harness import (
     small,
     spec_of,
 )
-from test_tiers import stored
+from test_tiers import store_of
 
 from jaxkv.cache import compress, concat, empty_state, extend
 from jaxkv.policies import Full, Recency
@@ -69,17 +69,14 @@ def test_each_row_keeps_its_newest():
     )
 
 
-def store(number, key, value, balance):
-    once = lambda name, x: np.asarray(stored(name)(jnp.asarray(x, jnp.float32)), np.float64)
-    return (key, value) if number == 0 else (once("rotated4", key), once("int3", value))
-
-
 @every_policy
 def test_against_the_reference(name):
     case, results = ran(name)
     decided = 0
     for row in range(B):
-        same, margin = check_oracle(small(name), case, results, MIXED, row, stored=store, ties=2, rows=ROWS)
+        same, margin = check_oracle(
+            small(name), case, results, MIXED, row, stored=store_of(OPTIONS["scheme"]), ties=2, rows=ROWS
+        )
         assert same or margin < tolerances.STORED_MARGIN, f"row {row}, margin {margin}"
         decided += same
     assert decided >= B - 2
@@ -88,7 +85,9 @@ def test_against_the_reference(name):
 def test_the_reference_sees_other_owners():
     case, results = ran("h2o")
     wrong = (1, 0, 0, 1, 0)
-    assert not check_oracle(small("h2o"), case, results, MIXED, 0, stored=store, ties=2, rows=wrong)[0]
+    assert not check_oracle(
+        small("h2o"), case, results, MIXED, 0, stored=store_of(OPTIONS["scheme"]), ties=2, rows=wrong
+    )[0]
 
 
 @every_policy

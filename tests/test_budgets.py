@@ -13,7 +13,7 @@ from infer import generate as generation
 from infer.prefill import new_state, read
 from infer.sampling import Sampling, make_sampling
 from infer.stops import build_stops
-from jaxkv.cache import decode, empty_state, live_count
+from jaxkv.cache import budgets, decode, empty_state, live_count
 from jaxkv.cache.budgets import STEP, parse_budget, plan, slot_grid, tree_bytes
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.decoder import init_params
@@ -146,10 +146,14 @@ def test_bytes_are_never_exceeded(name, asked):
     planned = plan(CONFIG, make_preset(name, recent=1), asked, lengths=[500], dtype="float32")
     given = parse_budget(asked).amount
     assert planned.bytes_per_row <= given
-    if planned.limits.sum(axis=1).max() < 500:  # what is left would not pay for one more step of slots in every layer
+    group = max(part.granule for part in planned.preset.parts)
+    if (
+        planned.limits.sum(axis=1).max() + group - 1 < 500
+    ):  # what is left would not pay for one more step in every layer
         step = plan(CONFIG, make_preset(name, recent=1), f"{2 * given}b", lengths=[500], dtype="float32")
         per_token = (step.bytes_per_row - planned.bytes_per_row) / max(1, (step.limits - planned.limits).sum())
-        assert given - planned.bytes_per_row <= 2 * STEP * len(CONFIG.layers) * len(planned.spec[0].tiers) * per_token
+        steps = 2 * max(STEP, group) * len(CONFIG.layers) * len(planned.spec[0].tiers)
+        assert given - planned.bytes_per_row <= steps * per_token
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.125])
@@ -169,6 +173,34 @@ def test_tiers_share_the_tokens_as_their_preset_says():
     assert planned.limits[0, :, 0].tolist() == [16, 48, 152]  # a quarter of 200 is 50, in steps of 8
     assert [tier.scheme for tier in planned.spec[0].tiers] == [("bf16", "bf16"), ("int8", "int8"), ("int4", "int2")]
     assert planned.limits[1, :, 0].tolist() == [16, 0, 0]  # the window
+
+
+@pytest.mark.parametrize("tokens, limits, slots", [
+    (20, [20, 0], [24, 32]), (63, [63, 0], [64, 32]), (64, [32, 32], [64, 32]), (216, [32, 160], [64, 160]),
+    (300, [32, 256], [64, 256]),
+])  # fmt: skip
+def test_groups_are_whole_and_what_waits_has_room(tokens, limits, slots):
+    planned = plan(CONFIG, "kivi-2", tokens, lengths=[500], dtype="float32") if tokens > 36 else None
+    layout = budgets._Layout(
+        config=CONFIG, policy=Recency(), dtype="float32", positions="int16", parts=PRESETS["kivi-2"].parts,
+        grid=budgets.fine_grid,
+    )  # fmt: skip
+    found = layout.limits(tokens, 500)
+    assert found.tolist() == [limits, [16, 0]] and layout.slots(found).tolist() == [slots, [16, 32]]
+    if planned is not None:
+        np.testing.assert_array_equal(planned.limits[..., 0], found)
+        assert [tier.slots for tier in planned.spec[0].tiers] == slots
+        assert tree_bytes(new_state(CONFIG, planned, [500])) == planned.bytes_per_row
+
+
+@pytest.mark.parametrize("length", [95, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 64, 200))])
+def test_everything_fits_groups_and_their_waiting_room(length):
+    """A full budget keeps every token, though limits are whole groups."""
+    planned = plan(CONFIG, "kivi-4", None, lengths=[length], dtype="float32")
+    tokens = [list(np.random.default_rng(0).integers(0, 64, length))]
+    _, state = read(init_params(CONFIG, jax.random.key(0)), tokens, new_state(CONFIG, planned, [length]), config=CONFIG)
+    held = sum(np.asarray(live_count(tier)) for tier in state.layers[0].tiers)
+    assert (held == length).all() and planned.limits[0].sum() > length - 32
 
 
 def test_pyramid_gives_early_layers_more():

@@ -93,11 +93,11 @@ def make_insert(rng, slots, count, scheme):
 @pytest.mark.parametrize("displace", [False, True])
 def test_insert(slots, count, scheme, displace):
     """Positions, keys, values and policy state, to the last bit; what a bfloat16 tier takes in is rounded once."""
-    jitted = jax.jit(insert, static_argnames=("displace",))
+    jitted = jax.jit(insert)
     rng = np.random.default_rng(slots * 100 + count)
     for _ in range(40):
         tier, entries, scores = make_insert(rng, slots, count, scheme)
-        after, displaced = jax.device_get(jitted(tier, entries, scores=scores, displace=displace))
+        after, displaced = jax.device_get(jitted(tier, entries, scores=scores, below=(tier,) * displace))
         for b, p in np.ndindex(3, 2):
             held = [(scores[0][b, p, i], x) if x >= 0 else None for i, x in enumerate(tier.positions[b, p])]
             coming = [(scores[1][b, p, j], x) if entries.valid[b, p, j] else None
@@ -536,7 +536,7 @@ def test_concat_of_quantized_tiers():
             np.testing.assert_array_equal(value_codes(tier)[:, :, 16:], value_codes(two))
             live, shift = np.asarray(two.positions) >= 0, jnp.full((B, 1), T, jnp.int32)
             turned = rotate(plain_entries(two, None)[0].reshape(B, 1, -1, 8), *angles(second.rotary[0], shift))
-            again = encode_keys(two.scheme[0], turned.reshape(B, 2, 16, 8), None)
+            again = encode_keys(two.scheme[0], turned.reshape(B, 2, 16, 8), None, live)
             expected = np.swapaxes(get_scheme(two.scheme[0]).decode(again, -1), 2, 3)
             found = np.asarray(tier_keys(tier))[..., 16:]
             live = np.broadcast_to(live[:, :, None], found.shape)

@@ -57,12 +57,38 @@ def test_refused(call, message):
 
 @pytest.mark.parametrize(
     ("scheme", "message"),
-    [(("int4", "balanced-int4"), "stores keys"), (("int4", "int7"), "unknown storage scheme 'int7'")],
+    [
+        (("int4", "balanced-int4"), "stores keys"),
+        (("int4", "int7"), "unknown storage scheme 'int7'"),
+        (("int4", "kivi2"), "'kivi2' stores keys; values are stored per token"),
+        (("kivi2", "int2"), "layer 0: tier 0 stores 'kivi2' in groups of 32 tokens, which need a tier above"),
+    ],
 )
 def test_refused_tiers(scheme, message):
     spec = (LayerSpec(policy=Recency(), tiers=(TierSpec(slots=8, scheme=scheme),)),) * 2
     with pytest.raises(ValueError, match=message):
         empty_state(MIXED, spec, limits=np.full((2, 1, 1), 8), lengths=[8])
+
+
+@pytest.mark.parametrize(
+    ("slots", "limits", "message"),
+    [
+        ((63, 40), (32, 32), "slots and limits must be multiples, got 40"),
+        ((63, 64), (32, 40), r"slots and limits must be multiples, got 64 and \[40\]"),
+        ((62, 64), (32, 64), "up to 31 wait above: tier 0 has 62 slots and needs 63"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(slots, limits, message):
+    schemes = (("bf16", "bf16"), ("kivi4", "int4"))
+    spec = (
+        LayerSpec(
+            policy=Recency(), tiers=tuple(TierSpec(slots=n, scheme=s) for n, s in zip(slots, schemes, strict=True))
+        ),
+    ) * 2
+    with pytest.raises(ValueError, match=message):
+        empty_state(MIXED, spec, limits=np.asarray([limits] * 2)[..., None], lengths=[8])
+    if slots[1] == 64:  # where nothing goes down, nothing waits
+        empty_state(MIXED, spec, limits=np.asarray([(32, 0)] * 2)[..., None], lengths=[8])
 
 
 def test_positions_too_narrow_are_refused():

@@ -21,6 +21,7 @@ every_scheme = pytest.mark.parametrize("name", SCHEMES)
 QUANTIZED = [name for name in SCHEMES if SCHEMES[name].factors]
 INTEGERS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 ROTATED = {"rotated4": 4, "rotated3": 3, "rotated2": 2}
+KIVI = {"kivi4": 4, "kivi2": 2}  # the same rounding, along tokens
 H = 64
 
 
@@ -33,7 +34,11 @@ def programs(name):
 
 
 def stored(name, x):
-    return np.asarray(programs(name)[1](jnp.asarray(x, jnp.float32)), np.float64)
+    """Vectors [n, H] -> what comes back; for a scheme that shares factors among tokens, a vector is a channel of H tokens."""
+    if get_scheme(name).granule == 1:
+        return np.asarray(programs(name)[1](jnp.asarray(x, jnp.float32)), np.float64)
+    channels = np.pad(np.asarray(x, np.float32), ((0, -len(x) % 8), (0, 0)))  # whole bytes
+    return np.asarray(programs(name)[1](jnp.asarray(channels.T)), np.float64).T[: len(x)]
 
 
 def normals(seed, *shape):
@@ -54,15 +59,15 @@ def up(x):
     return float(near.astype(jnp.float32))
 
 
-def integer_oracle(x, bits):
-    """zero + scale * round((x - zero) / scale), per group of 64."""
+def integer_oracle(x, bits, size=64):
+    """zero + scale * round((x - zero) / scale), per group."""
     out = np.empty(len(x))
-    for start in range(0, len(x), 64):
-        group = x[start : start + 64].astype(np.float64)
+    for start in range(0, len(x), size):
+        group = x[start : start + size].astype(np.float64)
         zero = bf16(group.min())
         scale = up(np.float32(max(group.max() - zero, 0) / (2**bits - 1)))
         codes = np.clip(np.round((group - zero) / scale), 0, 2**bits - 1) if scale else np.zeros(len(group))
-        out[start : start + 64] = zero + scale * codes
+        out[start : start + size] = zero + scale * codes
     return out
 
 
@@ -91,6 +96,27 @@ def test_integers_follow_the_formula(name, channels):
         np.concatenate([whole_group(g, INTEGERS[name]) for g in row]) for row in groups
     ])  # fmt: skip
     np.testing.assert_allclose(stored(name, x), expected, atol=tolerances.QUANTIZED)
+
+
+@pytest.mark.parametrize("name", KIVI)
+@pytest.mark.parametrize("shape", [(32, 8), (96, 64), (2, 3, 64, 20)])
+def test_kivi_follows_the_formula_per_channel(name, shape):
+    """Channels apart, groups of 32 tokens apart, whatever stands in front of tokens and channels."""
+    x = normals(11, *shape) * np.linspace(0.1, 50, shape[-1], dtype=np.float32)
+    found = np.asarray(programs(name)[1](jnp.asarray(x)), np.float64)
+    channels = np.moveaxis(x, -2, -1).reshape(-1, shape[-2])
+    expected = np.stack([integer_oracle(channel, KIVI[name], 32) for channel in channels])
+    np.testing.assert_allclose(
+        found, np.moveaxis(expected.reshape(*shape[:-2], shape[-1], shape[-2]), -1, -2), atol=50 * tolerances.QUANTIZED
+    )
+
+
+def test_kivi_by_hand():
+    """Small channels beside large ones: 2 bits are exact in all, where 2 bits per token leave nothing of the small ones."""
+    tokens = np.arange(32) % 4
+    x = np.stack([tokens, 256 - tokens, tokens - 256, tokens], axis=1)
+    np.testing.assert_array_equal(programs("kivi2")[1](jnp.asarray(x, jnp.float32)), x)
+    assert (np.abs(stored("int2", x) - x)[:, 0] > 80).all()
 
 
 def whole_group(group, bits):
@@ -143,7 +169,7 @@ def test_error_bound(seed, size, shift):
     x = ((normals(seed, 8, H) + np.float32(shift)) * np.float32(2.0**size)).astype(np.float32)
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
     largest = np.abs(x).max(-1, keepdims=True)
-    for name, bits in INTEGERS.items():
+    for name, bits in (INTEGERS | KIVI).items():
         step = (high - low + np.abs(low) / 256) / (2**bits - 1) * (1 + 2**-7)
         bound = np.maximum(step / 2, np.abs(low) / 256) * (1 + 1e-5)  # half a step, or what zero's rounding cut off
         assert (np.abs(stored(name, x) - x) <= bound).all(), name
@@ -159,7 +185,11 @@ def test_error_bound(seed, size, shift):
 def test_error_falls_with_bits():
     x = normals(5, 512, H)
     errors = {name: float(((stored(name, x) - x) ** 2).mean()) for name in SCHEMES}
-    for family in (["int2", "int3", "int4", "int8", "bf16", "f32"], ["rotated2", "rotated3", "rotated4", "fp8_e4m3"]):
+    for family in (
+        ["int2", "int3", "int4", "int8", "bf16", "f32"],
+        ["rotated2", "rotated3", "rotated4", "fp8_e4m3"],
+        ["int2", "kivi2", "int4", "kivi4", "int8"],  # half the group, half the range
+    ):
         ordered = [errors[name] for name in family]
         assert ordered == sorted(ordered, reverse=True) and len(set(ordered)) == len(ordered)
     assert errors["rotated2"] < errors["int2"] and errors["rotated3"] < errors["int3"]
@@ -199,7 +229,9 @@ def test_odd_numbers_by_rule(name, bad):
     if bad == "zeros":
         np.testing.assert_array_equal(out[1], 0.0)
     if bad == "constant" and name not in ROTATED:
-        np.testing.assert_allclose(out[1], 3.0, rtol=0.0 if name in INTEGERS else 2**-8)  # fp8: its factor's rounding
+        np.testing.assert_allclose(
+            out[1], 3.0, rtol=0.0 if name in INTEGERS | KIVI else 2**-8
+        )  # fp8: its factor's rounding
     if bad in ("inf", "huge"):
         assert out[1, 5] > LARGEST / 4
     if bad == "-inf":
@@ -208,12 +240,13 @@ def test_odd_numbers_by_rule(name, bad):
 
 @every_scheme
 def test_bytes_and_carrier(name):
-    scheme, x = get_scheme(name), jnp.zeros((3, 5, H))
+    scheme, x = get_scheme(name), jnp.zeros((3, 64, H))
     e = jax.eval_shape(scheme.encode, x)
     assert e.codes.dtype == scheme.carrier and len(e.factors) == scheme.factors
-    assert math.prod(e.codes.shape) * e.codes.dtype.itemsize == 15 * H * scheme.bits / 8  # 3 bits take 3 bits
-    assert all(f.dtype == jnp.uint16 and f.shape == (3, 5, 1) for f in e.factors)
-    assert scheme.bytes_per_vector(H) == H * scheme.bits / 8 + 2 * scheme.factors
+    assert math.prod(e.codes.shape) * e.codes.dtype.itemsize == 3 * 64 * H * scheme.bits / 8  # 3 bits take 3 bits
+    shared = (3, 2, H) if name in KIVI else (3, 64, 1)
+    assert all(f.dtype == jnp.uint16 and f.shape == shared for f in e.factors)
+    assert scheme.bytes_per_vector(H) == H * scheme.bits / 8 + 2 * scheme.factors * math.prod(shared) / (3 * 64)
     if scheme.multiple > 1:
         with pytest.raises(ValueError, match=f"{name}.*multiples of {scheme.multiple}, got 7"):
             scheme.check(7)
@@ -224,7 +257,7 @@ def test_bytes_and_carrier(name):
 @every_scheme
 def test_slots_minor_decodes_the_same(name):
     """Tiers keep channels before slots."""
-    scheme, x = get_scheme(name), normals(8, 2, 3, 10, H)
+    scheme, x = get_scheme(name), normals(8, 2, 3, 64, H)
     e = programs(name)[0](jnp.asarray(x))
     turned = Encoded(codes=jnp.swapaxes(e.codes, -1, -2), factors=tuple(jnp.swapaxes(f, -1, -2) for f in e.factors))
     np.testing.assert_array_equal(jnp.swapaxes(scheme.decode(turned, -2), -1, -2), scheme.decode(e, -1))

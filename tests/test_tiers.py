@@ -15,6 +15,7 @@ from cache_harness import (
     B,
     Case,
     assert_rows_equal,
+    budgets,
     check_oracle,
     check_promises,
     go_on,
@@ -30,8 +31,9 @@ from cache_harness import (
 
 from jaxkv.cache import compress
 from jaxkv.policies import Full
-from jaxkv.quantization import SCHEMES, get_scheme
+from jaxkv.quantization import SCHEMES, get_scheme, kivi
 
+FOURS = {f"kivi{bits}-by-4": dataclasses.replace(kivi.scheme(bits, 4), name=f"kivi{bits}-by-4") for bits in (4, 2)}
 LIMITS = ((8, 4, 16, 1), (9, 3, 8, 6), (6, 16, 0, 2))  # [tier][row]
 SLOTS = 16
 TIES = 2  # stored vectors of a row, of 48 or more, that float32 may round the other way
@@ -46,8 +48,16 @@ LISTS = {
     "balanced keys": ("bf16", ("balanced-int2", "int2")),
     "balanced under rotation": (("balanced-rotated3", "rotated4"), ("balanced-int4", "int3")),
 }
+GROUPS = {
+    "groups": ("bf16", ("kivi2-by-4", "int2")),
+    "groups between": ("int8", ("kivi4-by-4", "int4"), ("rotated2", "fp8_e4m3")),
+    "groups over groups": ("f32", ("balanced-kivi4-by-4", "fp8_e4m3"), ("kivi2-by-4", "rotated3")),
+}
 PAIRS = [(name, tuple(LISTS)[(i + k) % len(LISTS)]) for i, name in enumerate(EVICTING) for k in (0, 3)]
+IN_GROUPS = [(name, tuple(GROUPS)[i % len(GROUPS)]) for i, name in enumerate(EVICTING)]
 QUICK = PAIRS[::5]  # the other pairs are slow
+PAIRS += IN_GROUPS
+LISTS |= GROUPS
 every_pair = pytest.mark.parametrize(
     "name, tiers", [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
 )
@@ -56,16 +66,34 @@ every_pair = pytest.mark.parametrize(
 def test_the_table_of_pairs_covers_every_policy_list_and_scheme():
     assert {name for name, _ in PAIRS} == set(EVICTING) and {tiers for _, tiers in PAIRS} == set(LISTS)
     used = {s for tiers in LISTS.values() for one in tiers for s in ((one,) if isinstance(one, str) else one)}
-    assert {name.removeprefix("balanced-") for name in used} == set(SCHEMES)
+    assert {name.removeprefix("balanced-").removesuffix("-by-4") for name in used} == set(SCHEMES) - set(FOURS)
+
+
+@pytest.fixture(autouse=True)
+def groups_of_four(monkeypatch):
+    """KIVI's keys in groups so small that a short text makes many."""
+    for name, scheme in FOURS.items():
+        monkeypatch.setitem(SCHEMES, name, scheme)
+
+
+def granules(tiers):
+    return [get_scheme(one if isinstance(one, str) else one[0]).granule for one in LISTS[tiers]]
+
+
+def limits_of(tiers):
+    """LIMITS in whole groups where a tier has those."""
+    return np.stack([np.asarray(row) // g * g for row, g in zip(LIMITS, granules(tiers), strict=False)])
 
 
 def options(tiers):
-    return {"slots": (SLOTS,) * len(LISTS[tiers]), "scheme": LISTS[tiers], "positions": "int16"}
+    slots = [SLOTS] * len(LISTS[tiers])
+    slots[0] += 4 * (max(granules(tiers)) > 1)  # room to wait
+    return {"slots": tuple(slots), "scheme": LISTS[tiers], "positions": "int16"}
 
 
 @functools.cache
 def ran(name, tiers, seed=0):
-    case = make_case(seed, limits=LIMITS[: len(LISTS[tiers])])
+    case = make_case(seed, limits=limits_of(tiers))
     return case, run_case(small(name), case, **options(tiers))
 
 
@@ -76,15 +104,24 @@ def stored(name):
 
 
 def store(tiers):
-    """What each tier makes of a key and a value of the reference."""
-    pairs = [(one, one) if isinstance(one, str) else one for one in LISTS[tiers]]
-    once = lambda name, x: np.asarray(stored(name)(jnp.asarray(x, jnp.float32)), np.float64)
+    """What each tier makes of keys and values of the reference that enter together."""
+    return store_of(LISTS[tiers])
+
+
+def store_of(schemes):
+    """The same for a list that has no name."""
+    pairs = [(one, one) if isinstance(one, str) else one for one in schemes]
+
+    def once(name, x):
+        whole = np.concatenate([x, np.repeat(x[:1], -len(x) % get_scheme(name).granule, axis=0)])
+        return np.asarray(stored(name)(jnp.asarray(whole, jnp.float32)), np.float64)[: len(x)]
+
     bf16 = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), np.float64)
 
-    def one(number, key, value, balance):
-        keys, values = pairs[number]
-        factor = bf16(balance) if keys.startswith("balanced-") else 1.0
-        return once(keys.removeprefix("balanced-"), key * factor) / factor, once(values, value)
+    def one(number, keys, values, balance):
+        scheme, other = pairs[number]
+        factor = bf16(balance) if scheme.startswith("balanced-") else 1.0
+        return once(scheme.removeprefix("balanced-"), keys * factor) / factor, once(other, values)
 
     return one
 
@@ -159,7 +196,7 @@ def test_compress_walks_the_same_chain(name, tiers):
     case, (_, after, hiddens, *_) = ran(name, tiers)
     _, source = observed()
     spec = spec_of(small(name), **options(tiers))
-    limits = np.stack([np.minimum(case.limits, c.window or SLOTS) for c in MIXED.layers])
+    limits = budgets(small(name), case.limits, MIXED, granules(tiers))
     state = compress(source, spec, limits=limits)
     moved = 0
     for mine, theirs in zip(kept_sets(state), kept_sets(after), strict=True):

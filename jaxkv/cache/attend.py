@@ -266,10 +266,10 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
             retention(policy, x.slots, row, positions_of(x) + offset[:, None, None], upto, context.newest, owner)
             for x in (tier, entries)
         )
-        last = number == len(layer.tiers) - 1
-        tier, displaced = insert(tier, entries, scores=scores, displace=not last)
+        below = layer.tiers[number + 1 :]
+        tier, displaced = insert(tier, entries, scores=scores, below=below)
         tiers.append(tier)
-        if not last:
+        if below:
             shift = offset - context.offsets[number + 1]
             entries = _reframe(displaced, shift, rotary)
     return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=new.balance, owner=owner)

@@ -3,11 +3,13 @@
 "20%" is a fifth of the bytes that the keys and values of a full bfloat16 cache of this length take, whatever the
 computation's own precision. All that a cache allocates counts against it: codes, factors, positions, what the policy
 keeps per slot and per row. Slots come in steps of 8 (a tier that is cut) or of `slot_grid` (one that holds everything),
-so a cache may take a little less than it was given, never more.
+so a cache may take a little less than it was given, never more. A scheme that stores groups (KIVI, 32 tokens) gets whole
+ones; up to 31 more tokens wait above until they are one, in slots that count. They are not among the tokens asked for.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -157,6 +159,7 @@ def plan(
     funnel = np.linspace(preset.funnel, 1.0, config.num_layers).tolist()
     weights = _relative(funnel if layer_weights is None else layer_weights, config.num_layers)
     least = preset.policy.least_budget
+    least = next(n for n in itertools.count(least) if sum(split(preset.parts, n)) >= least)  # in whole groups
     layout = functools.partial(
         _Layout, config=config, policy=preset.policy, dtype=dtype, positions="int16" if longest < 2**15 else "int32"
     )
@@ -262,8 +265,14 @@ class _Layout:
         return split(parts, tokens)
 
     def slots(self, limits: np.ndarray) -> np.ndarray:
-        """Allocated for these places."""
-        return np.vectorize(self.grid)(limits)
+        """Allocated for these places, and for those that wait above a tier of groups."""
+        granules = np.asarray([part.granule for part in self.parts])
+        wait = np.zeros_like(limits)
+        for number in range(len(granules) - 1):
+            run = list(itertools.takewhile(lambda n: granules[n] > 1, range(number + 1, len(granules))))
+            if granules[number] == 1 and run:
+                wait[:, number] = (granules[number + 1] - 1) * limits[:, run].any(axis=1)
+        return -(-np.vectorize(self.grid)(limits + wait) // granules) * granules
 
     def spec(self, slots: np.ndarray, rows: list[int] | None = None) -> tuple[LayerSpec, ...]:
         """The shape of these slots. rows: block rows of each layer, if heads share them out."""
@@ -283,11 +292,12 @@ class _Layout:
         """Bytes of a state without slots, and of one slot of each tier in one layer."""
         one = dataclasses.replace(self.config, layers=self.config.layers[:1])
         size = lambda row: state_bytes(one, self.spec(row[None]))
-        base = np.full(len(self.parts), STEP)
-        per_slot = np.asarray([(size(base + STEP * e) - size(base)) // STEP for e in np.eye(len(base), dtype=int)])
+        step = math.lcm(STEP, *(part.granule for part in self.parts))
+        base = np.full(len(self.parts), step)
+        per_slot = np.asarray([(size(base + step * e) - size(base)) // step for e in np.eye(len(base), dtype=int)])
         count = self.config.num_layers
         everything = state_bytes(self.config, self.spec(np.tile(base, (count, 1))))
-        return everything - int(STEP * count * per_slot.sum()), per_slot
+        return everything - int(step * count * per_slot.sum()), per_slot
 
     def bytes(self, limits: np.ndarray) -> int:
         """Of one row with these places."""
@@ -304,16 +314,27 @@ class _Layout:
 
 
 def split(parts: tuple[Part, ...], tokens: int) -> list[int]:
-    """Places per tier for so many tokens: the fixed parts first, the rest by shares, in steps; the last takes what is left."""
+    """Places per tier for so many tokens: the fixed parts first, the rest by shares, in steps; the last takes what is left.
+
+    A tier of groups takes whole ones. What is left of one waits above it, without a place of its own; if there is no whole
+    group, nothing waits, and the tier above takes it.
+    """
     fixed, left = [], tokens
     for part in parts:
-        fixed.append(min(part.slots or 0, left))
+        fixed.append(min(part.slots or 0, left) // part.granule * part.granule)
         left -= fixed[-1]
     shares = [part.share for part in parts]
     last = max(index for index, share in enumerate(shares) if share)
-    places = [int(share * left) // STEP * STEP if index != last else 0 for index, share in enumerate(shares)]
-    places[last] = left - sum(places)
-    return [a + b for a, b in zip(fixed, places, strict=True)]
+    steps = [math.lcm(STEP, part.granule) for part in parts]
+    places = [int(share * left) // step * step for share, step in zip(shares, steps, strict=True)]
+    places[last] = 0
+    left -= sum(places)
+    places[last] = left // parts[last].granule * parts[last].granule
+    places = [a + b for a, b in zip(fixed, places, strict=True)]
+    first = next(index for index in range(last, -1, -1) if parts[index].granule == 1)
+    if not any(places[first + 1 : last + 1]):
+        places[first] += left - places[last]
+    return places
 
 
 def _relative(layer_weights, layers: int) -> list[float]:

@@ -72,14 +72,15 @@ def _compress(layer, next_position, limits, index, owner, *, spec):
         keys=keys, values=values, positions=positions, slots=kept, valid=live,
         balance=None if balance is None else to_mine(balance),
     )  # fmt: skip
+    shape = (batch, heads, keys.shape[-1])
+    empty = tuple(empty_tier(policy, wanted, limit, shape) for wanted, limit in zip(spec.tiers, limits, strict=True))
     tiers, upto = [], jnp.zeros((batch, heads), jnp.int32)
-    for number, wanted in enumerate(spec.tiers):
-        tier = empty_tier(policy, wanted, limits[number], (batch, heads, keys.shape[-1]))
+    for number, tier in enumerate(empty):
         upto = upto + tier.limit
         scores = tuple(
             retention(policy, x.slots, row, positions_of(x), upto, next_position - 1, owner) for x in (tier, entries)
         )
-        tier, entries = insert(tier, entries, scores=scores, displace=number < len(spec.tiers) - 1)
+        tier, entries = insert(tier, entries, scores=scores, below=empty[number + 1 :])
         tiers.append(tier)
     return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=balance, owner=owner)
 

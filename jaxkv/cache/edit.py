@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxkv.cache.state import EMPTY, encode_keys, live_slots, plain_entries, positions_of
+from jaxkv.cache.state import EMPTY, encode_keys, granule_of, live_slots, plain_entries, positions_of
 from jaxkv.config import DecoderConfig
 from jaxkv.quantization import get_scheme
 from jaxkv.rope import angles, rotate
@@ -38,8 +38,9 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
     """`second` behind `first` in one state, its positions shifted by what `first` holds, its keys turned along.
 
     Both must have the same tiers and policy, the same RoPE frequencies and the same balance. Each tier of the result has
-    the slots and limits of both; in a sliding-window layer the limit is at most the window, and what the next token cannot
-    see is empty. Keys of `second` are encoded once more. The tokens of `second` have not seen those of `first`.
+    the slots and limits of both; in a sliding-window layer the limit of a tier without groups is at most the window, and
+    what the next token cannot see is empty. Keys of `second` are encoded once more, in the groups that they lie in. The
+    tokens of `second` have not seen those of `first`.
     Raises: ValueError for states that do not match; frequencies and balances are compared outside jit only.
     """
     for name, a, b in (
@@ -87,8 +88,11 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
             tier = _join(mine, theirs, shift + second.offsets[number] - start, rotary, balance)
             if window is not None:
                 gone = (newest + 1 - start)[:, None, None] - positions_of(tier) >= window
+                most = (
+                    window if granule_of(tier) == 1 else tier.positions.shape[-1]
+                )  # few of a group may be in the window
                 tier = dataclasses.replace(
-                    tier, positions=jnp.where(gone, EMPTY, tier.positions), limit=jnp.minimum(tier.limit, window)
+                    tier, positions=jnp.where(gone, EMPTY, tier.positions), limit=jnp.minimum(tier.limit, most)
                 )
             tiers.append(tier)
         layers.append(dataclasses.replace(a, tiers=tuple(tiers)))
@@ -114,7 +118,7 @@ def _join(a: Tier, b: Tier, shift: Array, rotary, balance) -> Tier:
     cos, sin = angles(turn, shift[:, None])
     keys, _ = plain_entries(b, balance)
     flat = keys.reshape(keys.shape[0], 1, -1, keys.shape[-1])
-    turned = encode_keys(b.scheme[0], rotate(flat, cos, sin).reshape(keys.shape), balance)
+    turned = encode_keys(b.scheme[0], rotate(flat, cos, sin).reshape(keys.shape), balance, live_slots(b))
     both = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
     minor = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), turned)
     values_axis = 3 if get_scheme(b.scheme[1]).slots_minor else 2

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxkv import decoder
 from jaxkv.cache.attend import Context, New, attend_decode, attend_extend, make_context, store
+from jaxkv.cache.state import granule_of
 from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.policies import Full
 from jaxkv.types import Array, LayerState, State
@@ -191,7 +192,10 @@ def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> Non
     )
     if not full or isinstance(state.next_position, jax.core.Tracer) or isinstance(storing, jax.core.Tracer):
         return
-    room = _room(tuple(tuple((tier.limit, tier.positions) for tier in tiers) for tiers in full))
+    room = _room(
+        tuple(tuple((tier.limit, tier.positions) for tier in tiers) for tiers in full),
+        granules=tuple(tuple(map(granule_of, tiers)) for tiers in full),
+    )
     wanted = storing.sum(axis=1)
     if (wanted > room).any():
         row = int((wanted - room).argmax())
@@ -201,8 +205,18 @@ def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> Non
         )
 
 
-@jax.jit
-def _room(layers):
-    """Free slots of the fullest layer, [B]: of all its tiers together. layers: (limit, positions) per tier of each."""
-    free = [sum(limit - (at >= 0).sum(axis=-1, dtype=jnp.int32) for limit, at in tiers) for tiers in layers]
-    return functools.reduce(jnp.minimum, [heads.min(axis=-1) for heads in free])
+@functools.partial(jax.jit, static_argnames=("granules",))
+def _room(layers, *, granules):
+    """Free slots of the fullest layer, [B]: of all its tiers together, whole groups where a tier has those, and the places
+    to wait above them. layers: (limit, positions) per tier of each."""
+
+    def free(tiers, sizes):
+        total, waits = 0, 0
+        for (limit, at), size in zip(tiers, sizes, strict=True):
+            held = (at >= 0).reshape(*at.shape[:-1], -1, size).any(axis=-1).sum(axis=-1, dtype=jnp.int32)
+            total = total + limit - size * held
+            waits = jnp.maximum(waits, jnp.where(limit > 0, size - 1, 0))
+        return total + waits
+
+    rows = [free(tiers, sizes).min(axis=-1) for tiers, sizes in zip(layers, granules, strict=True)]
+    return functools.reduce(jnp.minimum, rows)

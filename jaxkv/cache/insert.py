@@ -5,49 +5,119 @@ scores                   3 9 1 4                   7 2 8
 kept                     a b   d                   x   z           survivors keep their slots
 tier after               a b x d z                                 newcomers take free or freed slots
 displaced                c y                                       and go to the next tier, or nowhere
+
+A tier whose scheme has a granule g (`jaxkv.quantization.kivi`) takes, keeps and displaces aligned groups of g slots; a group
+counts as its best member. Above it, up to g - 1 entries beyond the limit wait until they are a whole group:
+
+live and entering  limit ... limit + g - 1    limit + g ... limit + 2g - 1       the surplus waits modulo g
+displaced                   none                     the g worst                 in groups by position
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.cache.state import EMPTY, encode_keys, live_count, live_slots, plain_entries, positions_of
+from jaxkv.cache.state import EMPTY, encode_keys, granule_of, live_slots, plain_entries, positions_of
 from jaxkv.quantization import get_scheme
 from jaxkv.types import Array, Encoded, Entries, Tier
 
 SIGNALING_NAN = 0x7F800001  # arithmetic gives quiet NaNs only
 
 
-def insert(tier: Tier, entries: Entries, *, scores: tuple[Array, Array], displace: bool) -> tuple[Tier, Entries | None]:
+def insert(
+    tier: Tier, entries: Entries, *, scores: tuple[Array, Array], below: tuple[Tier, ...]
+) -> tuple[Tier, Entries | None]:
     """Keeps the best `limit` of the live slots and the valid entries; survivors are neither moved nor encoded again.
 
     Args:
       entries: n of them, n static; a prompt is n = T, a decode step n = 1.
       scores: of the slots [B, P, S] and of the entries [B, P, n], float32, highest stay; among equals the newer stays.
-      displace: whether the displaced are wanted.
-    Returns: the tier, and the displaced as n entries, or None.
+      below: the tiers further down, where the displaced go; () = they are not wanted.
+    Returns: the tier, and the displaced as n entries (rounded up to groups, if they go to a tier that has those), or None.
     """
-    if entries.positions.shape[-1] == 1:
-        return _insert_one(tier, entries, scores, displace)
-    slots = tier.positions.shape[-1]
-    live = jnp.concatenate([live_slots(tier), entries.valid], axis=-1)
-    positions = jnp.concatenate([positions_of(tier), entries.positions], axis=-1)
-    keep = live & (_rank(live, jnp.concatenate(scores, axis=-1), positions) < tier.limit[..., None])
-    kept, entering = keep[..., :slots], keep[..., slots:]
+    granule, group = granule_of(tier), granule_of(below[0]) if below else 1
+    if granule > 1:
+        entries, scores = _by_position(entries, scores, granule)
+    count = entries.positions.shape[-1] // granule  # from here to `_members`, one item is one group
+    if count == 1 and (granule > 1 or group == 1):
+        return _insert_one(tier, entries, scores, displace=bool(below))
+    there = _items(live_slots(tier), scores[0], positions_of(tier), granule)
+    new = _items(entries.valid, scores[1], entries.positions, granule)
+    live, score, position = (jnp.concatenate(pair, axis=-1) for pair in zip(there, new, strict=True))
+    held = live.sum(axis=-1, dtype=jnp.int32)
+    leave = jnp.maximum(held - _places(tier), 0)
+    most = count
+    if granule == 1 and group > 1:
+        most = (count + group - 1) // group * group
+        leave = jnp.where(_grouped(below), leave // group * group, leave)
+    if below:  # what cannot be handed on, stays
+        leave = jnp.minimum(leave, most)
+    nobody = lambda *_: jnp.zeros(live.shape, jnp.int32)
+    rank = jax.lax.cond((leave > 0).any(), _rank, nobody, live, score, position)  # most steps of a tier of groups
+    keep = live & (rank < (held - leave)[..., None])
+    kept, entering = jnp.split(keep, [keep.shape[-1] - count], axis=-1)
     free = jnp.cumsum(~kept, axis=-1, dtype=jnp.int32) - 1  # of slots: which free slot this is
     order = _compact(entering)  # of entries: the i-th that enters, n where there is none
-    source = jnp.where(kept, entries.positions.shape[-1], _pick(order, free))
-    grown = _place(tier, entries, source, kept)
-    if not displace:
+    source = jnp.where(kept, count, _pick(order, free))
+    grown = _place(tier, entries, _members(source, granule), jnp.repeat(kept, granule, axis=-1))
+    if not below:
         return grown, None
-    leaving = _compact(live & ~keep)[..., : entries.positions.shape[-1]]
-    return grown, _gather(tier, entries, leaving)
+    return grown, _gather(tier, entries, _members(_compact(live & ~keep)[..., :most], granule))
 
 
-def _encode(tier, side, x, balance):
+def _items(live, scores, positions, granule):
+    """What competes: slots or entries, or groups of them with the score and the position of their best and newest member."""
+    if granule == 1:
+        return live, scores, positions
+    groups = lambda x, dead: jnp.where(live, x, dead).reshape(*live.shape[:-1], -1, granule).max(axis=-1)
+    return groups(live, False), groups(scores, -jnp.inf), groups(positions, EMPTY)
+
+
+def _places(tier):
+    """How many items the tier may keep, [B, P]."""
+    granule = granule_of(tier)
+    return tier.limit if granule == 1 else tier.limit // granule
+
+
+def _members(index, granule):
+    """Indices of groups [..., n] -> of their members [..., n * granule]; "none" stays past the end."""
+    if granule == 1:
+        return index
+    member = jax.lax.broadcasted_iota(index.dtype, (*index.shape, granule), index.ndim)
+    return (index[..., None] * granule + member).reshape(*index.shape[:-1], -1)
+
+
+def _grouped(below):
+    """Whether rows have room in the tiers below that take groups, [B, P]; where not, nothing waits for them."""
+    return sum(tier.limit for tier in itertools.takewhile(lambda t: granule_of(t) > 1, below)) > 0
+
+
+def _by_position(entries, scores, granule):
+    """Entries in the order of their positions, the valid ones first, filled up to whole groups."""
+    order = jnp.argsort(jnp.where(entries.valid, entries.positions, jnp.iinfo(jnp.int32).max), axis=-1)
+    order = jnp.pad(order, ((0, 0), (0, 0), (0, -order.shape[-1] % granule)), constant_values=-1)
+    filled = order >= 0
+    order = jnp.maximum(order, 0)
+    take = lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 3)), axis=2)
+    valid = take(entries.valid) & filled
+    sorted_ = dataclasses.replace(
+        entries,
+        keys=take(entries.keys),
+        values=take(entries.values),
+        positions=jnp.where(valid, take(entries.positions), EMPTY),
+        slots=jax.tree.map(take, entries.slots),
+        valid=valid,
+    )
+    return sorted_, (scores[0], take(scores[1]))
+
+
+def _encode(tier, side, entries):
     """Keys (side 0) or values (side 1) [B, P, n, H] as the tier stores them, channels last."""
-    return encode_keys(tier.scheme[0], x, balance) if side == 0 else get_scheme(tier.scheme[1]).encode(x)
+    if side == 0:
+        return encode_keys(tier.scheme[0], entries.keys, entries.balance, entries.valid)
+    return get_scheme(tier.scheme[1]).encode(entries.values)
 
 
 def _slot_axis(tier, side):
@@ -77,25 +147,25 @@ def _pick(order, rank):
 
 def _place(tier, entries, source, kept):
     """Slots take entry `source`; where that is "none" they keep what they have, and are empty unless `kept`."""
-    count = entries.positions.shape[-1]
-    fresh = source < count
-    at = jnp.minimum(source, count - 1)
 
     def take(new, old, axis):
-        """new [B, P, n, ...] into old, whose slots lie at `axis`."""
+        """new [B, P, n, ...] into old, whose slots lie at `axis`; either may have one for each group."""
+        count, share = new.shape[2], entries.positions.shape[-1] // new.shape[2]
+        from_ = source if share == 1 else source[..., ::share] // share
+        fresh, at = from_ < count, jnp.minimum(from_, count - 1)
         index = at.reshape(at.shape + (1,) * (new.ndim - 3))
         rows = jnp.take_along_axis(new, index, axis=2).astype(old.dtype)
         mask = fresh.reshape(fresh.shape + (1,) * (new.ndim - 3))
         return jnp.where(jnp.moveaxis(mask, 2, axis), jnp.moveaxis(rows, 2, axis), old)
 
-    def encoded(side, x, old):
-        new, axis = _encode(tier, side, x, entries.balance), _slot_axis(tier, side)
+    def encoded(side, old):
+        new, axis = _encode(tier, side, entries), _slot_axis(tier, side)
         factors = tuple(take(f, o, 3) for f, o in zip(new.factors, old.factors, strict=True))
         return Encoded(codes=take(new.codes, old.codes, axis), factors=factors)
 
     return Tier(
-        keys=encoded(0, entries.keys, tier.keys),
-        values=encoded(1, entries.values, tier.values),
+        keys=encoded(0, tier.keys),
+        values=encoded(1, tier.values),
         positions=take(entries.positions, jnp.where(kept, tier.positions, EMPTY), 2),
         slots=jax.tree.map(lambda new, old: take(new, old, 2), entries.slots, tier.slots),
         limit=tier.limit,
@@ -114,10 +184,12 @@ def _gather(tier, entries, index):
         return jnp.take_along_axis(both, index.reshape(index.shape + (1,) * (both.ndim - 3)), axis=2)
 
     keys, values = plain_entries(tier, entries.balance)
+    positions = pick(tier.positions, entries.positions)
+    valid &= positions >= 0  # a group may have dead members
     return Entries(
         keys=pick(keys, entries.keys),
         values=pick(values, entries.values),
-        positions=jnp.where(valid, pick(tier.positions, entries.positions), EMPTY),
+        positions=jnp.where(valid, positions, EMPTY),
         slots=jax.tree.map(pick, tier.slots, entries.slots),
         valid=valid,
         balance=entries.balance,
@@ -136,18 +208,20 @@ def after(result: Array, new: Array) -> Array:
 
 
 def _insert_one(tier, entries, scores, displace):
-    """`insert` for n = 1: one comparison with the worst live slot and one write, in place under jit with donation."""
-    slots = tier.positions.shape[-1]
-    live, index = live_slots(tier), jax.lax.broadcasted_iota(jnp.int32, tier.positions.shape, 2)
-    score, position = scores[1][..., 0], entries.positions[..., 0]
-    least = jnp.where(live, scores[0], jnp.inf).min(axis=-1)
-    oldest = jnp.where(live & (scores[0] == least[..., None]), positions_of(tier), jnp.iinfo(jnp.int32).max)
+    """`insert` for one entry, or one group of them: one comparison with the worst and one write, in place under jit with
+    donation."""
+    granule = granule_of(tier)
+    live, standing, ages = _items(live_slots(tier), scores[0], positions_of(tier), granule)
+    valid, score, position = (x[..., 0] for x in _items(entries.valid, scores[1], entries.positions, granule))
+    slots, index = live.shape[-1], jax.lax.broadcasted_iota(jnp.int32, live.shape, 2)
+    least = jnp.where(live, standing, jnp.inf).min(axis=-1)
+    oldest = jnp.where(live & (standing == least[..., None]), ages, jnp.iinfo(jnp.int32).max)
     age = oldest.min(axis=-1)
     worst = jnp.where(oldest == age[..., None], index, slots).min(axis=-1)
-    room = live_count(tier) < tier.limit
+    room = live.sum(axis=-1, dtype=jnp.int32) < _places(tier)
     better = (score > least) | ((score == least) & (position > age))
     slot = jnp.where(room, jnp.where(live, slots, index).min(axis=-1), jnp.where(better, worst, slots))
-    slot = jnp.where(entries.valid[..., 0] & (tier.limit > 0), slot, slots)  # past the end = nowhere
+    slot = jnp.where(valid & (tier.limit >= granule), slot, slots)  # past the end = nowhere
     displaced = _displaced(tier, entries, slot, room) if displace else None
     if displace:  # a slot must be read before it is overwritten
         entries = dataclasses.replace(
@@ -157,19 +231,25 @@ def _insert_one(tier, entries, scores, displace):
     row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
 
     def put(old, new):  # slots at axis 2
-        return old.at[row, head, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
+        if granule == 1:
+            return old.at[row, head, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
+        groups = old.reshape(*old.shape[:2], slots, -1, *old.shape[3:])
+        return groups.at[row, head, slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
 
-    def put_minor(old, new):  # slots at axis 3
-        return old.at[row, head, :, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
+    def put_minor(old, new):  # slots at axis 3, or one for each group
+        if new.shape[2] == 1:
+            return old.at[row, head, :, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
+        groups, new = old.reshape(*old.shape[:3], slots, -1), jnp.swapaxes(new, 2, 3)
+        return groups.at[row, head, :, slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
 
-    def encoded(side, x, old):
-        new, place = _encode(tier, side, x, entries.balance), put_minor if _slot_axis(tier, side) == 3 else put
+    def encoded(side, old):
+        new, place = _encode(tier, side, entries), put_minor if _slot_axis(tier, side) == 3 else put
         factors = tuple(put_minor(o, f) for o, f in zip(old.factors, new.factors, strict=True))
         return Encoded(codes=place(old.codes, new.codes), factors=factors)
 
     grown = Tier(
-        keys=encoded(0, entries.keys, tier.keys),
-        values=encoded(1, entries.values, tier.values),
+        keys=encoded(0, tier.keys),
+        values=encoded(1, tier.values),
         positions=put(tier.positions, entries.positions),
         slots=jax.tree.map(put, tier.slots, entries.slots),
         limit=tier.limit,
@@ -179,12 +259,15 @@ def _insert_one(tier, entries, scores, displace):
 
 
 def _displaced(tier, entries, slot, room):
-    """The entry that goes on: what `slot` [B, P] held, or the new one if it found no slot; nothing while there is room."""
-    at = jnp.minimum(slot, tier.positions.shape[-1] - 1)
+    """What goes on: what `slot` [B, P] held, or the new if it found no slot; nothing while there is room."""
+    granule = granule_of(tier)
+    slots = tier.positions.shape[-1] // granule
+    at = jnp.minimum(slot, slots - 1)[..., None]
 
     def pick(x, axis):
-        """[B, P, ...] with slots at `axis` -> the same with one."""
-        index = at.reshape(at.shape + (1,) * (x.ndim - 2))
+        """[B, P, ...] with slots at `axis` -> the same with those of one group."""
+        index = _members(at, x.shape[axis] // slots)
+        index = index.reshape(*index.shape[:2], *(-1 if i == axis else 1 for i in range(2, x.ndim)))
         return jnp.take_along_axis(x, index, axis=axis)
 
     def encoded(side, x):
@@ -201,9 +284,10 @@ def _displaced(tier, entries, slot, room):
     keys, values = plain_entries(one, entries.balance)
     old = (keys.astype(entries.keys.dtype), values.astype(entries.values.dtype), one.positions, one.slots)
     new = (entries.keys, entries.values, entries.positions, entries.slots)
-    swapped = slot < tier.positions.shape[-1]
+    swapped = slot < slots
     choose = lambda a, b: jnp.where(swapped.reshape(swapped.shape + (1,) * (a.ndim - 2)), a, b.astype(a.dtype))
     keys, values, positions, slots = jax.tree.map(choose, old, new)
-    valid = entries.valid & ~room[..., None]
+    sent = entries.valid[..., :1] & ~room[..., None]  # of a group, its first is valid
+    valid = sent if granule == 1 else sent & (positions >= 0)
     positions = jnp.where(valid, positions.astype(jnp.int32), EMPTY)
     return dataclasses.replace(entries, keys=keys, values=values, positions=positions, slots=slots, valid=valid)

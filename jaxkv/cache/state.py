@@ -44,12 +44,13 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
         for number, tier in enumerate(layer.tiers):
             if longest > np.iinfo(tier.positions).max:
                 raise ValueError(f"layer {index}: {tier.positions} positions do not reach {longest} tokens; use int32")
-            if get_scheme(tier.scheme[1]).balanced:
-                raise ValueError(
-                    f"layer {index}: {tier.scheme[1]!r} stores keys; values have no queries to balance with"
-                )
+            values = get_scheme(tier.scheme[1])
+            if values.balanced or values.keys_only:
+                why = "have no queries to balance with" if values.balanced else "are stored per token, as by 'int4'"
+                raise ValueError(f"layer {index}: {tier.scheme[1]!r} stores keys; values {why}")
             if tier.slots < 1 or limits[index, number].max() > tier.slots or limits[index, number].min() < 0:
                 raise ValueError(f"layer {index}: limits {limits[index, number]} do not fit {tier.slots} slots")
+        _check_granules(f"layer {index}", layer.tiers, limits[index])
         owner = checked_owner(owners, index, layer, batch, config.num_kv_heads)
         shape = (batch, config.num_kv_heads if owner is None else layer.rows, config.head_dim)
         built = tuple(
@@ -94,6 +95,37 @@ def even_owners(spec: tuple[LayerSpec, ...], batch: int, heads: int) -> list | N
         return None
     turns = lambda rows: np.broadcast_to(np.arange(rows, dtype=np.int16) % heads, (batch, rows))
     return [None if layer.rows is None else turns(layer.rows) for layer in spec]
+
+
+def _check_granules(where: str, tiers: tuple[TierSpec, ...], limits) -> None:
+    """Raises: ValueError if whole groups do not fit their tier, or have no room to wait in above it."""
+    granules = [get_scheme(tier.scheme[0]).granule for tier in tiers]
+    for number, (tier, granule) in enumerate(zip(tiers, granules, strict=True)):
+        groups = f"{where}: tier {number} stores {tier.scheme[0]!r} in groups of {granule} tokens"
+        if granule == 1:
+            continue
+        if number == 0:
+            raise ValueError(
+                f"{groups}, which need a tier above them to wait in until they are whole; put 'bf16' there"
+            )
+        if tier.slots % granule or (limits[number] % granule).any():
+            raise ValueError(f"{groups}; slots and limits must be multiples, got {tier.slots} and {limits[number]}")
+        if granules[number - 1] not in (1, granule):
+            raise ValueError(
+                f"{groups} and the tier above in groups of {granules[number - 1]}; use one size, or 1 above"
+            )
+        run = next((n for n in range(number, len(tiers)) if granules[n] == 1), len(tiers))
+        needed = (limits[number - 1] + granule - 1) * limits[number:run].any(axis=0)
+        if granules[number - 1] == 1 and (needed > tiers[number - 1].slots).any():
+            raise ValueError(
+                f"{groups}, of which up to {granule - 1} wait above: tier {number - 1} has {tiers[number - 1].slots} slots"
+                f" and needs {needed.max()}"
+            )
+
+
+def granule_of(tier: Tier) -> int:
+    """How many adjacent slots are encoded together."""
+    return get_scheme(tier.scheme[0]).granule
 
 
 def empty_tier(policy, spec: TierSpec, limit: Array, shape: tuple[int, int, int]) -> Tier:
@@ -186,7 +218,7 @@ def _packed(encoded: Encoded, name: str, slots_minor: bool) -> Array | Packed:
     if scheme.level is None:
         return encoded.codes
     scale, zero = (*map(from_bits, encoded.factors), None, None)[:2]
-    return Packed(encoded.codes, int(scheme.bits), scheme.level, scale, zero, slots_minor)
+    return Packed(encoded.codes, int(scheme.bits), scheme.level, scale, zero, slots_minor, scheme.granule)
 
 
 def plain_entries(tier: Tier, balance: Array | None) -> tuple[Array, Array]:
@@ -198,9 +230,13 @@ def plain_entries(tier: Tier, balance: Array | None) -> tuple[Array, Array]:
     return plain, values.out_of_basis(tier_values(tier))
 
 
-def encode_keys(name: str, keys: Array, balance: Array | None) -> Encoded:
-    """Keys [B, P, n, H] as the scheme stores them, channels last."""
+def encode_keys(name: str, keys: Array, balance: Array | None, valid: Array) -> Encoded:
+    """Keys [B, P, n, H] as the scheme stores them, channels last. valid [B, P, n]: others do not count in their group."""
     scheme = get_scheme(name)
+    if scheme.granule > 1:
+        groups, there = (x.reshape(*x.shape[:2], -1, scheme.granule, *x.shape[3:]) for x in (keys, valid))
+        first = jnp.take_along_axis(groups, there.argmax(axis=3)[..., None, None], axis=3)
+        keys = jnp.where(there[..., None], groups, first).reshape(keys.shape)
     return scheme.encode(keys.astype(jnp.float32) * factor_of(balance)[:, :, None] if scheme.balanced else keys)
 
 

@@ -5,10 +5,12 @@ import dataclasses
 from jaxkv.quantization.base import Scheme
 from jaxkv.quantization.floats import BF16, E4M3, E5M2, F32
 from jaxkv.quantization.integers import INT2, INT3, INT4, INT8
+from jaxkv.quantization.kivi import KIVI2, KIVI4
 from jaxkv.quantization.rotated import ROTATED2, ROTATED3, ROTATED4
 
 SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme for scheme in (F32, BF16, E4M3, E5M2, INT8, INT4, INT3, INT2, ROTATED4, ROTATED3, ROTATED2)
+    scheme.name: scheme
+    for scheme in (F32, BF16, E4M3, E5M2, INT8, INT4, INT3, INT2, ROTATED4, ROTATED3, ROTATED2, KIVI4, KIVI2)
 }
 
 

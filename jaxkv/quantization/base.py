@@ -1,6 +1,7 @@
 """What a storage scheme is: how the keys or values of tokens become the bytes of a tier.
 
     encode   x [..., H] float ─> codes [..., H'] in `carrier`, factors [..., g] uint16 (bfloat16 bits)   once per tier
+             x [..., n, H] at a time where `granule` tokens share factors: codes [..., n, H'], factors [..., n / granule, H]
     decode   codes and factors, channels at any `axis` ─> [.., H, ..] float, in the scheme's own basis    at every read
 
 The basis is the channels themselves, or for `rotated` schemes a fixed rotation of them: there, queries are turned once a
@@ -31,6 +32,8 @@ class Scheme:
     level: codes as numbers -> float32 before the factors, (scale) or (scale, zero); None for floats that need none.
     slots_minor: values are stored [B, P, H', S], as keys are, and not [B, P, S, H'].
     balanced: keys are multiplied by their row's balance before they are encoded, and queries divided.
+    granule: adjacent slots that are encoded together, once, and leave together.
+    keys_only: it makes no sense for values.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Scheme:
     level: Callable[[Array], Array] | None = None
     slots_minor: bool = True
     balanced: bool = False
+    granule: int = 1
+    keys_only: bool = False
 
     def check(self, channels: int) -> None:
         """Raises: ValueError if vectors of this many channels cannot be stored."""
@@ -54,10 +59,10 @@ class Scheme:
                 f"storage scheme {self.name!r} takes head sizes that are multiples of {self.multiple}, got {channels}"
             )
 
-    def bytes_per_vector(self, channels: int) -> int:
+    def bytes_per_vector(self, channels: int) -> float:
         """Bytes of one encoded vector, factors included."""
-        shapes = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((channels,), jnp.float32))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        shapes = jax.eval_shape(self.encode, jax.ShapeDtypeStruct((self.granule, channels), jnp.float32))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / self.granule
 
 
 def to_bits(x: Array) -> Array:

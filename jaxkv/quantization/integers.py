@@ -20,12 +20,17 @@ from jaxkv.types import Array, Encoded
 
 def encode(x: Array, *, bits: int) -> Encoded:
     """[..., H] -> codes [..., H * bits / 8] uint8, factors (scale, zero) [..., groups] uint16."""
-    groups = grouped(finite(x), GROUP)
+    codes, factors = fit(grouped(finite(x), GROUP), bits)
+    return Encoded(codes=pack(codes.reshape(x.shape), bits), factors=factors)
+
+
+def fit(groups: Array, bits: int) -> tuple[Array, tuple[Array, Array]]:
+    """[..., group] float32 -> codes of that shape, uint8, and (scale, zero) [...] uint16."""
     zero = from_bits(to_bits(groups.min(axis=-1)))
     scale = round_up(jnp.maximum(groups.max(axis=-1) - zero, 0.0) / (2**bits - 1))
     inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
     codes = jnp.clip(jnp.round((groups - zero[..., None]) * inverse[..., None]), 0, 2**bits - 1)
-    return Encoded(codes=pack(codes.astype(jnp.uint8).reshape(x.shape), bits), factors=(to_bits(scale), to_bits(zero)))
+    return codes.astype(jnp.uint8), (to_bits(scale), to_bits(zero))
 
 
 def decode(e: Encoded, axis: int, *, bits: int) -> Array:

@@ -24,7 +24,8 @@ class Packed(NamedTuple):
     """Codes of keys, [B, P, H', S], or of values, the same or (`slots_minor` False, 16 bits) [B, P, S, H].
 
     bits: of a code; 3 bits are a plane of 2 and a plane of 1. level: codes -> float32. scale, zero: [B, P, groups, S]
-    float32 with H / groups adjacent channels each, or None for 1 and 0.
+    float32 with H / groups adjacent channels each, or None for 1 and 0. granule: above 1, they are those of one channel of
+    so many adjacent slots of keys, [B, P, H, S / granule].
     """
 
     codes: Any
@@ -33,11 +34,15 @@ class Packed(NamedTuple):
     scale: Any = None
     zero: Any = None
     slots_minor: bool = True
+    granule: int = 1
 
 
 def logits(queries, keys: Packed):
     """queries [B, P, G, H] float32 times keys -> [B, P, G, S] float32."""
     channels = queries.shape[-1]
+    if keys.granule > 1:
+        zeros = jnp.einsum("bpgh,bphn->bpgn", queries, keys.zero)
+        return _dot(queries, keys, range(channels)) + jnp.repeat(zeros, keys.granule, axis=-1)
     if keys.scale is None:
         return _dot(queries, keys, range(channels))
     size, total = channels // keys.scale.shape[2], []
@@ -84,17 +89,22 @@ def _field(x, width, place, shift):
 
 
 def _dot(queries, keys: Packed, wanted: range):
-    """sum over the wanted channels h of queries[h] * level(code[h, s])."""
+    """sum over the wanted channels h of queries[h] * level(code[h, s]), times scale[h, s] where slots share it."""
     size, channels = math.gcd(len(wanted), TERMS), queries.shape[-1]
+    slots = keys.codes.shape[3:] if keys.granule == 1 else (keys.codes.shape[3] // keys.granule, keys.granule)
 
     def step(number, total):
         start = wanted.start + number * size
         rows = _block(keys, start, size, channels)
         own = jax.lax.dynamic_slice_in_dim(queries, start, size, axis=3)
-        return total + _sum([own[..., h, None] * keys.level(rows(h))[:, :, None] for h in range(size)])
+        if keys.granule > 1:
+            own = own[..., None] * jax.lax.dynamic_slice_in_dim(keys.scale, start, size, axis=2)[:, :, None]
+        level = lambda h: keys.level(rows(h)).reshape(*queries.shape[:2], 1, *slots)
+        return total + _sum([own[:, :, :, h, ..., None] * level(h) for h in range(size)])
 
-    zeros = jnp.zeros((*queries.shape[:3], keys.codes.shape[3]), jnp.float32)
-    return jax.lax.fori_loop(0, len(wanted) // size, step, zeros)
+    zeros = jnp.zeros((*queries.shape[:3], *slots), jnp.float32)
+    total = jax.lax.fori_loop(0, len(wanted) // size, step, zeros)
+    return total.reshape(*queries.shape[:3], -1)
 
 
 def _block(packed: Packed, start, size: int, channels: int):
