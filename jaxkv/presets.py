@@ -7,11 +7,13 @@ Preset   policy          which entries move down, and out
 """
 
 import dataclasses
+import math
 
 from jaxkv.policies import H2O, POLICIES, Full, Policy, Recency, Replay, Scissorhands, SnapKV, make_policy
 from jaxkv.quantization import get_scheme
 
 COMPUTE = "compute"  # stored as it was computed
+STEP = 8  # of places that a share is cut into
 RESIDUAL = 32  # newest tokens that quantized presets keep in bfloat16
 
 
@@ -146,6 +148,30 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }  # fmt: skip
+
+
+def split(parts: tuple[Part, ...], tokens: int) -> list[int]:
+    """Places per tier for so many tokens: the fixed parts first, the rest by shares, in steps; the last takes what is left.
+
+    A tier of groups takes whole ones. What is left of one waits above it, without a place of its own; if there is no whole
+    group, nothing waits, and the tier above takes it.
+    """
+    fixed, left = [], tokens
+    for part in parts:
+        fixed.append(min(part.slots or 0, left) // part.granule * part.granule)
+        left -= fixed[-1]
+    shares = [part.share for part in parts]
+    last = max(index for index, share in enumerate(shares) if share)
+    steps = [math.lcm(STEP, part.granule) for part in parts]
+    places = [int(share * left) // step * step for share, step in zip(shares, steps, strict=True)]
+    places[last] = 0
+    left -= sum(places)
+    places[last] = left // parts[last].granule * parts[last].granule
+    places = [a + b for a, b in zip(fixed, places, strict=True)]
+    first = next(index for index in range(last, -1, -1) if parts[index].granule == 1)
+    if not any(places[first + 1 : last + 1]):
+        places[first] += left - places[last]
+    return places
 
 
 def make_preset(spec: str | Policy | Preset, **options) -> Preset:

@@ -1,4 +1,4 @@
-"""What layers deserve: the file's numbers, and what `auto` makes of them."""
+"""What kv heads deserve: the file's numbers, and what `auto` makes of them."""
 
 import json
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tolerances
 
-from jaxkv.cache.budgets import full_bytes, plan
+from infer.prefill import new_state
+from jaxkv.cache import shares
+from jaxkv.cache.budgets import full_bytes, plan, tree_bytes
 from jaxkv.calibration import FOLDER, Calibration, digest_of, find
 from jaxkv.checkpoints import read_config
 
@@ -16,20 +18,32 @@ pytestmark = pytest.mark.smollm2
 def test_every_file_is_whole():
     for path in FOLDER.glob("*.json"):
         found = json.loads(path.read_text())
-        levels, layers = np.asarray(found["levels"]), np.asarray(found["layers"])
-        assert layers.shape == (len(layers), len(levels)) and levels[-1] == 1 and (layers[:, -1] == 1).all()
-        assert (np.diff(levels) > 0).all() and (np.diff(layers, axis=1) >= 0).all() and (layers > 0).all()
+        levels, heads = np.asarray(found["levels"]), np.asarray(found["heads"])
+        assert heads.shape == (*heads.shape[:2], len(levels)) and levels[-1] == 1 and (heads[..., -1] == 1).all()
+        assert (np.diff(levels) > 0).all() and (np.diff(heads, axis=-1) >= 0).all() and (heads > 0).all()
         np.testing.assert_allclose(
-            layers.mean(axis=0), levels, atol=tolerances.CALIBRATION
-        )  # a level is what all layers keep together
-        assert len(np.unique(layers, axis=0)) <= 6  # every size is a program to compile
+            heads.mean(axis=(0, 1)), levels, atol=tolerances.CALIBRATION
+        )  # a level is what all heads keep together
 
 
 def test_between_the_levels():
-    one = Calibration(np.array([0.2, 0.6, 1.0]), np.array([[0.1, 0.4, 1.0], [0.3, 0.8, 1.0]]))
-    np.testing.assert_allclose(one.shares(0.4), [0.25, 0.55])
-    np.testing.assert_allclose(one.shares(0.1), [0.05, 0.15])
-    assert one.shares(1.0) == [1.0, 1.0]
+    one = Calibration(np.array([0.2, 0.6, 1.0]), np.array([[[0.1, 0.4, 1.0], [0.3, 0.8, 1.0]]]))
+    np.testing.assert_allclose(one.shares(0.4), [[0.25, 0.55]])
+    np.testing.assert_allclose(one.shares(0.6), [[0.4, 0.8]])
+    np.testing.assert_allclose(one.shares(0.1), [[0.05, 0.15]])
+    np.testing.assert_array_equal(one.shares(1.0), [[1.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "most", "owner"),
+    [
+        ((0.2, 5.1, 2.6), 20, (0, *[1] * 5, *[2] * 3)),  # 9 is one of the sizes
+        ((1.0, 9.0, 2.0), 4, (0, *[1] * 4, 2, 2)),  # 7 after the cap; 12 would not fit
+        ((0.0, 0.0, 0.0), 8, (0, 1, 2)),
+    ],
+)
+def test_rows_go_where_they_are_wanted(wanted, most, owner):
+    assert shares.divided(np.asarray(wanted), most, len(wanted)) == owner
 
 
 def test_auto_follows_the_model_that_was_measured(smollm2):
@@ -37,10 +51,38 @@ def test_auto_follows_the_model_that_was_measured(smollm2):
     assert find(config) is not None and len(digest_of(config)) == 16
     for share in (0.25, 0.125, 0.0625):
         planned = plan(config, "auto", f"{share:.2%}", lengths=[2028], dtype="float32")
-        held = planned.limits.sum(axis=1)[:, 0]
+        held = planned.tokens[:, 0]
         assert share * 0.97 < planned.bytes_per_row / full_bytes(config, 2028) <= share
-        assert held.max() > 2 * held.min() or share == 0.25
-        assert 2 <= len(set(held.tolist())) <= 6 and held.min() >= 32
+        assert held.shape == (30, 3) and held.min() >= 32 and held.max() > (1.2 if share == 0.25 else 4) * held.min()
+        assert len({layer.rows for layer in planned.spec}) <= 9  # every size is a program to compile
+        deserved = find(config).shares(held.mean() / 2028)
+        assert np.corrcoef(held.ravel(), deserved.ravel())[0, 1] > 0.9 or share == 0.25
+
+
+def test_a_row_of_a_batch_gets_what_it_gets_alone(smollm2):
+    config, lengths = read_config(smollm2), [700, 2028, 1100]
+    both = plan(config, "auto", "12.5%", lengths=lengths, dtype="float32")
+    for row, length in enumerate(lengths):
+        one = plan(config, "auto", "12.5%", lengths=[length], dtype="float32")
+        np.testing.assert_array_equal(both.limits[:, :, row], one.limits[:, :, 0])
+        for mine, theirs in zip(both.sizes(row)["owners"], one.owners, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    with_short = plan(config, "auto", "12.5%", lengths=[90, 2028], dtype="float32")
+    assert with_short.owners is None  # no block row of a row of 90 holds the 32 newest
+
+
+def test_auto_of_heads_is_what_the_program_takes(smollm2):
+    config = read_config(smollm2)
+    for lengths, budget in (([2028], "6.25%"), ([900, 400], "2MiB")):
+        planned = plan(config, "auto", budget, lengths=lengths, dtype="float32")
+        assert planned.owners is not None and "in blocks of" in planned.describe()
+        held = new_state(config, planned, lengths)
+        assert tree_bytes(held) == planned.bytes_per_row * len(lengths)
+        assert planned.bytes_per_row <= (2 * 2**20 if budget == "2MiB" else 0.0625 * full_bytes(config, 2028))
+
+
+def test_even_weights_leave_the_calibration_out(smollm2):
+    config = read_config(smollm2)
     even = plan(config, "auto", "12.5%", lengths=[2028], dtype="float32", layer_weights=[1.0] * config.num_layers)
     assert len(set(even.limits.sum(axis=1)[:, 0].tolist())) == 1
 

@@ -22,10 +22,9 @@ from jaxkv.cache.state import empty_state, even_owners
 from jaxkv.calibration import find
 from jaxkv.config import DecoderConfig
 from jaxkv.policies import Full, Policy
-from jaxkv.presets import COMPUTE, Part, Preset, make_preset, one_tier
+from jaxkv.presets import COMPUTE, STEP, Part, Preset, make_preset, one_tier, split
 from jaxkv.types import LayerSpec, TierSpec
 
-STEP = 8  # slots
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SCHEME = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -181,9 +180,10 @@ def plan(
         )
     calibration = find(config) if preset.calibrated and layer_weights is None else None
     if calibration is not None:
-        shared = [share_rows(cut, calibration, min(most, n), n, b) for n, b in zip(lengths, room, strict=True)]
-        if all(shared):
-            return _plan_rows(preset, cut, shared, longest)
+        share = asked.amount if asked.kind == "share" else min(room) / full_bytes(config, longest)
+        shared = share_rows(cut, calibration, share, lengths, room, most)
+        if shared is not None:
+            return _plan_rows(preset, cut, *shared, longest)
     kept = [cut.most(min(most, n), n, b) for n, b in zip(lengths, room, strict=True)]
     thin = [k < min(least, n) for k, n in zip(kept, lengths, strict=True)]
     note = ""
@@ -206,17 +206,16 @@ def plan(
     return _plan(preset, cut, limits, longest, note)
 
 
-def _plan_rows(preset, layout, shared, longest) -> Plan:
-    """The rows of a batch, each as it would be alone: the allocation holds the largest of them."""
-    width = [max(len(one.owner[index]) for one in shared) for index in range(layout.config.num_layers)]
-    slots = np.max([one.slots for one in shared], axis=0)
-    fill = lambda owner, rows: np.pad(np.asarray(owner, np.int16), (0, rows - len(owner)), constant_values=-1)
-    owners = tuple(np.stack([fill(one.owner[i], rows) for one in shared]) for i, rows in enumerate(width))
-    spec = layout.spec(np.tile(slots, (len(width), 1)), width)
+def _plan_rows(preset, layout, slots, owners, longest) -> Plan:
+    """slots [B, tiers] of each block row, owners: the head of each block row, per layer."""
+    layers, batch = len(owners), len(slots)
+    spec = layout.spec(np.tile(slots.max(axis=0), (layers, 1)), [len(owner) for owner in owners])
     size = state_bytes(layout.config, spec)
-    limits = np.stack([np.tile(one.slots, (len(width), 1)) for one in shared], axis=-1).astype(np.int32)
-    share = float(min(1.0, size / full_bytes(layout.config, longest)))
-    return Plan(preset=preset, spec=spec, limits=limits, owners=owners, bytes_per_row=size, share=share, note="")
+    return Plan(
+        preset=preset, spec=spec, limits=np.tile(slots.T, (layers, 1, 1)).astype(np.int32),
+        owners=tuple(np.tile(np.asarray(owner, np.int16), (batch, 1)) for owner in owners),
+        bytes_per_row=size, share=float(min(1.0, size / full_bytes(layout.config, longest))), note="",
+    )  # fmt: skip
 
 
 def _plan(preset, layout, limits, longest, note) -> Plan:
@@ -258,11 +257,6 @@ class _Layout:
             wanted = tokens if weight == 1.0 else max(1, int(tokens * weight), min(self.floor, tokens))
             rows.append(split(self.parts, min(wanted, length, length if kind.window is None else kind.window)))
         return np.asarray(rows)
-
-    @staticmethod
-    def split(parts, tokens: int) -> list[int]:
-        """Places per tier of these parts."""
-        return split(parts, tokens)
 
     def slots(self, limits: np.ndarray) -> np.ndarray:
         """Allocated for these places, and for those that wait above a tier of groups."""
@@ -311,30 +305,6 @@ class _Layout:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.bytes(self.limits(middle, length)) <= budget else (low, middle - 1)
         return low
-
-
-def split(parts: tuple[Part, ...], tokens: int) -> list[int]:
-    """Places per tier for so many tokens: the fixed parts first, the rest by shares, in steps; the last takes what is left.
-
-    A tier of groups takes whole ones. What is left of one waits above it, without a place of its own; if there is no whole
-    group, nothing waits, and the tier above takes it.
-    """
-    fixed, left = [], tokens
-    for part in parts:
-        fixed.append(min(part.slots or 0, left) // part.granule * part.granule)
-        left -= fixed[-1]
-    shares = [part.share for part in parts]
-    last = max(index for index, share in enumerate(shares) if share)
-    steps = [math.lcm(STEP, part.granule) for part in parts]
-    places = [int(share * left) // step * step for share, step in zip(shares, steps, strict=True)]
-    places[last] = 0
-    left -= sum(places)
-    places[last] = left // parts[last].granule * parts[last].granule
-    places = [a + b for a, b in zip(fixed, places, strict=True)]
-    first = next(index for index in range(last, -1, -1) if parts[index].granule == 1)
-    if not any(places[first + 1 : last + 1]):
-        places[first] += left - places[last]
-    return places
 
 
 def _relative(layer_weights, layers: int) -> list[float]:

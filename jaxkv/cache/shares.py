@@ -1,7 +1,10 @@
 """Which kv head gets how much of a budget: block rows of one size, shared out by what the model's heads deserve.
 
-wanted tokens   head 0: 90   head 1: 210   head 2: 60      of a layer, from the calibration, at 360 of 1,000
-block rows of 40       2            5             2        nearest counts; the sum is one of a few sizes
+    deserved        head 0: 9 %   head 1: 52 %   head 2: 20 %     of the tokens, when all heads together keep 27 %
+    of 4 * heads    0.33 / 0.27 * 4 rows and so on, the nearest counts whose sum is one of a few sizes
+    block rows      2             8              3
+
+Who owns how many rows depends on the share of a full cache alone; how many tokens a row holds follows from the bytes.
 """
 
 import dataclasses
@@ -10,50 +13,48 @@ import math
 import numpy as np
 
 from jaxkv.calibration import Calibration
+from jaxkv.presets import split
 
 ROWS = 4  # that a head owns on average: fewer would not tell heads apart, more would make small rows
 GROWTH = 1.3  # between the numbers of rows that a layer may have: each is a program to compile
+STEP = 4  # tokens of a row
 
 
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """slots: int [tiers] of each block row. owner: per layer, the head of each row."""
+def share_rows(layout, calibration: Calibration, share: float, lengths, rooms, upto: int):
+    """Places for rows of a batch that may take `rooms` bytes each and keep `upto` tokens per head on average.
 
-    slots: np.ndarray
-    owner: tuple[tuple[int, ...], ...]
-
-
-def share_rows(layout, calibration: Calibration, upto: int, length: int, room: float) -> Shared | None:
-    """The most tokens, at most `upto` of `length` on average, whose rows take at most `room` bytes.
-
-    None where a row would not hold the tokens that the policy protects.
+    Args: layout: `budgets._Layout`, what a slot of each tier costs. share: of the bytes of a full bfloat16 cache.
+    Returns: slots [B, tiers] of each block row, and per layer the head of each block row, alike for all rows; or None where
+      a block row would not hold the tokens that the policy protects.
     """
-    low, high = 0, upto
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = _bytes(layout, _shared(layout, calibration, middle, length)) <= room
-        low, high = (middle, high) if fits else (low, middle - 1)
-    while low and _bytes(layout, _shared(layout, calibration, low, length)) > room:  # rounding is not monotonic
-        low -= 1
-    found = _shared(layout, calibration, low, length) if low else None
-    return found if found and found.slots.sum() >= min(layout.policy.least_budget, length) else None
+    config, (fixed, per_slot) = layout.config, layout.costs
+    heads, longest = config.num_kv_heads, max(lengths)
+    parts = [p if p.slots is None else dataclasses.replace(p, slots=max(1, p.slots // ROWS)) for p in layout.parts]
+    per_token = sum(part.share * cost for part, cost in zip(parts, per_slot, strict=True)) / heads
+    level = min(1.0, upto / longest, share * config.head_dim * 4 / per_token)
+    owners = []
+    for deserved, kind in zip(calibration.shares(level), config.layers, strict=True):
+        seen = 1.0 if kind.window is None else min(1.0, kind.window / longest)
+        owners.append(divided(np.minimum(deserved, seen) * ROWS / level, math.ceil(seen * ROWS / level), heads))
+    rows = sum(map(len, owners))
+    average = rows / len(owners) / heads
+
+    def size(tokens):
+        one = (np.asarray(split(parts, tokens)) * per_slot).sum() / heads + 4 * len(parts) + 2  # limits and owner
+        return fixed + math.ceil(rows * one)
+
+    slots = []
+    for length, room in zip(lengths, rooms, strict=True):
+        tokens = int(min(upto, length) / average) // STEP * STEP
+        while tokens and size(tokens) > room:
+            tokens -= STEP
+        if tokens < min(layout.policy.least_budget, length):
+            return None
+        slots.append(split(parts, tokens))
+    return np.asarray(slots), tuple(owners)
 
 
-def _shared(layout, calibration, tokens, length) -> Shared:
-    parts = [
-        part if part.slots is None else dataclasses.replace(part, slots=max(1, part.slots // ROWS))
-        for part in layout.parts
-    ]
-    slots = layout.slots(np.asarray(layout.split(parts, max(1, tokens // ROWS))))
-    size, heads = int(slots.sum()), layout.config.num_kv_heads
-    owner = []
-    for shares, kind in zip(calibration.shares(tokens / length), layout.config.layers, strict=True):
-        seen = length if kind.window is None else min(length, kind.window)
-        owner.append(_owner(np.minimum(shares, seen / length) * length / size, math.ceil(seen / size), heads))
-    return Shared(slots, tuple(owner))
-
-
-def _owner(wanted: np.ndarray, most: int, heads: int) -> tuple[int, ...]:
+def divided(wanted: np.ndarray, most: int, heads: int) -> tuple[int, ...]:
     """wanted [K] rows -> the head of each row: at least one each and at most `most`, by largest remainders."""
     wanted = np.clip(wanted, 1, most)
     total = min(_near(wanted.sum(), heads), most * heads)
@@ -67,10 +68,3 @@ def _near(rows: float, heads: int) -> int:
     """The nearest of the few numbers of rows, geometrically."""
     step = round(math.log(rows / heads, GROWTH))
     return max(heads, round(heads * GROWTH**step))
-
-
-def _bytes(layout, shared: Shared) -> int:
-    fixed, per_slot = layout.costs
-    rows = sum(map(len, shared.owner))
-    one = (shared.slots * per_slot).sum() / layout.config.num_kv_heads + 4 * len(shared.slots) + 2  # limits and owner
-    return fixed + math.ceil(rows * one)
