@@ -1,11 +1,11 @@
 """The budgeted key/value cache: pure functions on a state.
 
-state = empty_state(config, plan.spec, limits=plan.limits, lengths=lengths)
+state = empty_state(config, plan.spec, lengths=lengths, **plan.sizes())
 hidden, state = extend(params, tokens, state, config=config, valid=valid)     # prompt, or any number of tokens
 hidden, state = decode(params, token, state, config=config, valid=running)    # one token, inside a jitted loop
 """
 
-from jaxkv.cache.attend import attend_decode, attend_extend, make_context
+from jaxkv.cache.attend import attend_decode, attend_extend, make_context, store
 from jaxkv.cache.compress import compress
 from jaxkv.cache.edit import concat, drop
 from jaxkv.cache.extend import decode, extend, forward
@@ -30,6 +30,7 @@ __all__ = [
     "live_slots",
     "make_context",
     "pack_state",
+    "store",
     "tier_keys",
     "tier_values",
     "unpack_state",

@@ -80,13 +80,15 @@ def make_context(state, valid, candidates, segments, replay=None) -> Context:
 
 def attend_extend(
     queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig, causal: bool,
-    watch: bool,
+    watch: bool | None = None,
 ):  # fmt: skip
-    """T new tokens. queries: one [B, T, N, H] per tier; keys, values [B, T, K, H]. watch: whether the policy looks.
+    """T new tokens. queries: one [B, T, N, H] per tier; keys, values [B, T, K, H].
 
-    A layer whose tiers hold nothing may come without them, so that layers of any size are one program.
-    Returns: heads [B, T, N, H], and what is `New`.
+    A layer whose tiers hold nothing may come without them, so that layers of any size are one program; then watch says
+    whether its policy looks.
+    Returns: heads [B, T, N, H], and what is `New`, for `store`.
     """
+    watch = bool(layer.tiers) and layer.policy.needs_attention if watch is None else watch
     batch, length, _, size = keys.shape
     grouped = [
         jnp.moveaxis(q.reshape(batch, length, config.num_kv_heads, -1, size), 1, 3) for q in queries
