@@ -12,6 +12,7 @@ import tolerances
 
 from pallas_kernels.decode_attention import Packed, Source, decode_attention
 from pallas_kernels.decode_attention import reference as decode_reference
+from pallas_kernels.decode_attention.owners import to_rows
 from pallas_kernels.extend_attention import TierSource, extend_attention
 from pallas_kernels.extend_attention import reference as extend_reference
 
@@ -178,7 +179,7 @@ def test_packed_keys_whose_slots_share_factors(channels, bits, slots, granule):
 def test_decode_tolerance_sees(wrong):
     rng = np.random.default_rng(0)
     sources = tuple(make_source(rng, 2, 2, 3, 8, slots, 1.0) for slots in (6, 7))
-    q, k, v, live, _ = sources[1]
+    q, k, v, live = sources[1][:4]
     live = live & (np.arange(7) < 5)
     good, _ = decode_reference.decode_attention((sources[0], Source(q, k, v, live)), scale=0.6, softcap=1.5)
     scale, softcap, other = 0.6, 1.5, sources[0]
@@ -242,7 +243,7 @@ def make_extend(case: Extend, seed: int):
     values = np.where(valid[:, None, :, None], values, 1e30).astype(np.float32)
     tiers = []
     for slots, share in case.tiers:
-        _, k, v, live, _ = make_source(rng, batch, rows, 1, size, slots, share)
+        _, k, v, live = make_source(rng, batch, rows, 1, size, slots, share)[:4]
         order = np.argsort(rng.random((batch, rows, base)), axis=-1)[..., :slots].astype(np.int32)
         source = Source(normal(batch, rows, group, length, size), k, v, live)
         tiers.append(TierSource(source, np.where(live, order, -1).astype(np.int32)))
@@ -322,7 +323,7 @@ WRONG = {
 def test_extend_tolerance_sees(wrong):
     case = Extend(shape=(2, 2, 3, 11, 8), tiers=((6, 1.0),), window=5, segments=True, softcap=1.5)
     arguments, options = make_extend(case, 3)
-    queries, keys, values, (((q, k, v, live, _), _),) = arguments
+    queries, keys, values, (((q, k, v, live, *_), _),) = arguments
     options["valid"] = np.broadcast_to(np.arange(11) != 4, (2, 11))
     tier_positions = np.broadcast_to(np.arange(12, 18, dtype=np.int32), (2, 2, 6))  # the queries start at 18
     tier = TierSource(Source(q, k, v, live), tier_positions)
@@ -341,6 +342,28 @@ def test_extend_tolerance_sees(wrong):
     bad, _, _ = extend_reference.extend_attention(queries, keys, values, (tier,), **options)
     bad = 0 * bad if wrong == "zeros" else bad
     assert np.abs(good - bad).max() > tolerances.VISIBLE
+
+
+def test_rows_of_one_head_are_one_long_row():
+    """Both operations over block rows with owners give what they give over each head's slots in one row."""
+    rng, owner = np.random.default_rng(5), np.asarray([[1, 0, 1], [0, 1, 1]], np.int16)
+    queries, k, v, live = (jnp.asarray(x) for x in make_source(rng, 2, 3, 2, 8, 6, 0.7)[:4])
+    queries, new = queries[:, :2], make_source(rng, 2, 2, 2, 8, 1, 1.0)
+    joined = lambda x, axis, fill: np.stack([
+        [np.concatenate([x[b, p] if owner[b, p] == head else np.full_like(x[b, p], fill) for p in range(3)], axis)
+         for head in range(2)] for b in range(2)
+    ])  # fmt: skip
+    own = Source(queries, *map(jnp.asarray, new[1:4]))
+    of_rows = Source(to_rows(queries, jnp.asarray(owner)), k, v, live, owner=jnp.asarray(owner))
+    whole = Source(queries, joined(k, -1, 0.0), joined(v, -2, 0.0), joined(live, -1, False))
+    (out, shares), (expected, wanted) = (
+        decode_attention((source, own), scale=0.6, softcap=1.5) for source in (of_rows, whole)
+    )
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
+    np.testing.assert_allclose(shares[1], wanted[1], rtol=0, atol=tolerances.ATTENTION)
+    for (b, p), head in np.ndenumerate(owner):
+        mine = np.asarray(wanted[0])[b, head, :, 6 * p : 6 * p + 6]
+        np.testing.assert_allclose(shares[0][b, p], mine, rtol=0, atol=tolerances.ATTENTION)
 
 
 def test_an_implementation_that_does_not_exist():

@@ -285,7 +285,7 @@ def takes(owner: Array | None, positions: Array) -> Array | bool:
     return (positions % count[..., None] == turn[..., None]) & (owner >= 0)[..., None]
 
 
-def retention(policy, slots, row, positions, limit, newest, owner):
+def retention(policy, slots, row, positions, limit, newest, owner=None):
     """The policy's score [B, P, n], infinite for the protected tokens.
 
     positions, newest: absolute. limit [B, P]: places in this tier and those above it.
