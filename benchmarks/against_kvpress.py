@@ -20,7 +20,7 @@ from common import record
 
 import infer
 from infer.evaluate import evaluate, metrics
-from infer.evaluate.run import _contexts, _encode, _excerpts
+from infer.evaluate.material import draw_contexts, draw_excerpts, encode_question
 from infer.evaluate.tasks import encode_context
 from infer.texts import load_text
 
@@ -84,9 +84,9 @@ def questions(arguments) -> dict[str, int]:
 
 def ask(lm, text, arguments) -> dict:
     """What `evaluate` asks, as ids for the peers."""
-    tokens = _excerpts(lm, text, arguments.context + 129, arguments.excerpts, arguments.seed).tolist()
-    contexts = _contexts(lm, text, TASKS, arguments.context, questions(arguments), None, arguments.seed)
-    asked = [[_encode(lm.tokenizer, question) for question in one.questions] for one in contexts]
+    tokens = draw_excerpts(lm, text, arguments.context + 129, arguments.excerpts, arguments.seed).tolist()
+    contexts = draw_contexts(lm, text, TASKS, arguments.context, questions(arguments), None, arguments.seed)
+    asked = [[encode_question(lm.tokenizer, question) for question in one.questions] for one in contexts]
     prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]
     reserve = max([128, *(len(q.ask) + len(q.answer) for group in asked for q in group)])
     return {

@@ -305,13 +305,13 @@ def test_evaluate(lm):
 
 def test_full_cache_equals_the_plain_forward_pass(lm):
     """Bits per byte of the full row against one forward pass over the same excerpt."""
-    from infer.evaluate.run import _excerpts
+    from infer.evaluate.material import draw_excerpts
     from jaxkv.cache import forward
     from jaxkv.decoder import logits
 
     (row,) = evaluate(lm, **OPTIONS | {"caches": ["full"], "tasks": []})
     assert row["accuracy"] == {}
-    tokens = jnp.asarray(_excerpts(lm, FILLER, 1100 + 12 + 1, 2, 0))
+    tokens = jnp.asarray(draw_excerpts(lm, FILLER, 1100 + 12 + 1, 2, 0))
     out = logits(lm.params, forward(lm.params, tokens[:, :-1], config=lm.config), config=lm.config)
     expected = metrics.bits_per_byte(metrics.nll(out, tokens[:, 1:])[:, -12:], 24)
     assert row["bits_per_byte"] == pytest.approx(expected, rel=1e-5)

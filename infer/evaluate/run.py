@@ -11,7 +11,6 @@ What is compiled: per cache and budget one decode loop and three one-layer funct
 import dataclasses
 import functools
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.evaluate import metrics
-from infer.evaluate.tasks import TASKS, Context, encode_context, load_samples, make_samples
+from infer.evaluate.material import draw_contexts, draw_excerpts, encode_question
+from infer.evaluate.tasks import encode_context
 from infer.prefill import new_state, read
 from infer.replay import repeat_prompt
 from jaxkv import decoder
@@ -57,15 +57,6 @@ class _Case:
     @property
     def label(self) -> str:
         return f"{self.preset.name} {self.budget or '100%'}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """A question as ids: `ask` ends with the prefix."""
-
-    task: str
-    ask: list[int]
-    answer: list[int]
 
 
 class _Steps:
@@ -133,9 +124,9 @@ def evaluate(
         raise ValueError(f"scored must be from 1 to {next_tokens}, the next tokens, got {scored}")
     if isinstance(samples, int) and samples < 0:
         raise ValueError(f"samples must not be negative, got {samples}")
-    contexts = _contexts(lm, text, tasks, context, samples, samples_file, seed)
+    contexts = draw_contexts(lm, text, tasks, context, samples, samples_file, seed)
     prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]
-    questions = [[_encode(lm.tokenizer, q) for q in one.questions] for one in contexts]
+    questions = [[encode_question(lm.tokenizer, q) for q in one.questions] for one in contexts]
     asked_lengths = [len(q.ask) + len(q.answer) for group in questions for q in group]
     reserve = max([next_tokens, *asked_lengths])
     longest = max([context, *map(len, prompts)]) + reserve
@@ -144,7 +135,7 @@ def evaluate(
             f"{longest} tokens (context {longest - reserve} and {reserve} that follow) exceed the model's"
             f" {lm.config.max_positions} positions; give a smaller context"
         )
-    tokens = _excerpts(lm, text, context + next_tokens + 1, excerpts, seed) if excerpts else None
+    tokens = draw_excerpts(lm, text, context + next_tokens + 1, excerpts, seed) if excerpts else None
     dtype = str(jax.tree.leaves(lm.params)[0].dtype)
     price = functools.partial(plan, lm.config, dtype=dtype)
     # All plans are made first: a budget that is impossible must be refused before the minutes of work, not after.
@@ -202,45 +193,6 @@ def _cases(caches, budgets) -> list[_Case]:
         if watched.setdefault(policy.name, policy.watcher) != policy.watcher:
             raise ValueError(f"two different policies are named {policy.name!r}; evaluate them in two runs")
     return cases
-
-
-def _contexts(lm, text, tasks, context, samples, samples_file, seed) -> list[Context]:
-    if samples_file is not None:
-        return load_samples(samples_file)
-    unknown = [name for name in tasks if name not in TASKS]
-    if unknown:
-        raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    if not tasks or not samples:
-        return []
-    return make_samples(tasks, filler=text, tokenizer=lm.tokenizer, context_tokens=context, samples=samples, seed=seed)
-
-
-def _encode(tokenizer, question) -> _Asked:
-    """The three parts are tokenized apart, so that the answer's tokens do not depend on what precedes them."""
-    asked, answer = (
-        [*tokenizer.encode(question.question), *tokenizer.encode(question.prefix)],
-        list(tokenizer.encode(question.answer)),
-    )
-    if not answer or not asked:
-        raise ValueError(
-            f"task {question.task!r}: a question and an answer need at least one token each, got {question}"
-        )
-    return _Asked(task=question.task, ask=asked, answer=answer)
-
-
-def _excerpts(lm, text, size, count, seed) -> np.ndarray:
-    """[count, size] token ids: evenly spread, each shifted at random inside its part of the text."""
-    start = encode_context(lm.tokenizer, "")  # a bos token, if the model wants one
-    ids = list(lm.tokenizer.encode(text))
-    part, body = len(ids) // count, size - len(start)
-    if part < body:
-        raise ValueError(
-            f"the text has {len(ids)} tokens; {count} excerpts of {body} (context, next tokens and one to predict) need"
-            f" {count * body}; give a longer text, fewer excerpts or a smaller context"
-        )
-    rng = random.Random(f"jaxkv excerpts {seed}")
-    starts = [i * part + rng.randint(0, part - body) for i in range(count)]
-    return np.asarray([[*start, *ids[at : at + body]] for at in starts], np.int32)
 
 
 def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
