@@ -52,7 +52,7 @@ def main():
         "model": digest_of(lm.config),
         "policy": given.policy,
         "command": f"python benchmarks/calibrate.py --model {given.model} --policy {given.policy} --text "
-        + " ".join(pathlib.Path(name).name for name in given.text),
+        + f"{' '.join(pathlib.Path(name).name for name in given.text)} --out jaxkv/calibration/{given.out.name}",
         "levels": list(LEVELS),
         "heads": np.round(shares, 4).tolist(),
     }

@@ -129,7 +129,8 @@ class Session:
         kept = (self.position, self._pending, self._before, self._seen)
         state, copied = self._take(), 0
         if not remember:
-            self.state, state, copied = state, jax.tree.map(jnp.copy, state), tree_bytes(state)
+            self.state = state
+            state, copied = jax.tree.map(jnp.copy, state), tree_bytes(state)
         made, loop = [], None
 
         def blocks():
@@ -196,7 +197,13 @@ def _plan_from_json(said: dict, state: State) -> Plan:
     parts = tuple(Part(**part) for part in said["preset"]["parts"])
     return Plan(
         preset=Preset(**{**said["preset"], "policy": state.layers[0].policy, "parts": parts}),
-        spec=tuple(LayerSpec(policy=layer.policy, tiers=tiers(layer)) for layer in state.layers),
+        spec=tuple(
+            LayerSpec(
+                policy=layer.policy, tiers=tiers(layer), rows=None if layer.owner is None else layer.owner.shape[1]
+            )
+            for layer in state.layers
+        ),
+        owners=None if state.layers[0].owner is None else tuple(np.asarray(layer.owner) for layer in state.layers),
         limits=np.asarray([[tier.limit[:, 0] for tier in layer.tiers] for layer in state.layers], np.int32),
         bytes_per_row=tree_bytes(state),
         share=said["share"],

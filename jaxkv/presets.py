@@ -46,7 +46,7 @@ class Preset:
     """A named cache.
 
     source: of the whole, where it is not the policy's. funnel: the first layer's budget over the last one's, linear in
-    between. calibrated: layers get what `jaxkv.calibration` says of the model, where it is known. ladder: (least share,
+    between. calibrated: kv heads get what `jaxkv.calibration` says of the model, where it is known. ladder: (least share,
     parts), the largest share first: the first whose share the budget reaches, else `parts`.
     """
 

@@ -364,6 +364,27 @@ def test_rows_of_one_head_are_one_long_row():
     for (b, p), head in np.ndenumerate(owner):
         mine = np.asarray(wanted[0])[b, head, :, 6 * p : 6 * p + 6]
         np.testing.assert_allclose(shares[0][b, p], mine, rtol=0, atol=tolerances.ATTENTION)
+    length = 5
+    spread = lambda x: jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], length, x.shape[3]))
+    keys, values = (jnp.asarray(rng.standard_normal((2, 2, length, 8)), jnp.float32) for _ in range(2))
+    options = dict(
+        positions=jnp.broadcast_to(jnp.arange(9, 9 + length, dtype=jnp.int32), (2, length)), segments=None, causal=True,
+        valid=jnp.ones((2, length), bool), window=None, scale=0.6, softcap=None, merge=lambda a, b: a + b, block=4,
+        row_statistic=lambda p, visible, live, start, own: p.sum(axis=(2, 3)) + live.sum(axis=-1).astype(p.dtype)[..., None],
+    )  # fmt: skip
+    results = [
+        extend_attention(
+            spread(queries), keys, values,
+            (TierSource(s._replace(queries=spread(s.queries)), jnp.zeros(s.live.shape, jnp.int32)),), **options,
+        )
+        for s in (of_rows, whole)
+    ]  # fmt: skip
+    (out, (tier, own)), (expected, (wanted, also)) = results
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
+    np.testing.assert_allclose(own, also, rtol=0, atol=tolerances.STATISTIC)
+    for (b, p), head in np.ndenumerate(owner):
+        mine = np.asarray(wanted)[b, head, 6 * p : 6 * p + 6]
+        np.testing.assert_allclose(tier[b, p], mine, rtol=0, atol=tolerances.STATISTIC)
 
 
 def test_an_implementation_that_does_not_exist():

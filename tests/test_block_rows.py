@@ -1,5 +1,6 @@
 """Heads that own different numbers of block rows: who takes which token, against the reference, and who may own what."""
 
+import dataclasses
 import functools
 
 import cache_reference
@@ -30,7 +31,8 @@ from cache_harness import (
 )
 from test_tiers import store_of
 
-from jaxkv.cache import compress, concat, empty_state, extend
+from jaxkv.cache import compress, concat, drop, empty_state, extend, pack_state, unpack_state
+from jaxkv.cache.extend import _attend_layer
 from jaxkv.policies import Full, Recency
 from pallas_kernels.decode_attention.owners import max_by_head, of_head, sum_by_head, to_rows, turns
 
@@ -156,12 +158,61 @@ def test_full_takes_one_row_per_head():
         new_state(Full(), [[8] * B], rows=ROWS)
 
 
+def test_a_prompt_is_one_program_whatever_its_layers_own():
+    case = make_case(0, limits=((8,) * B,))
+    one = lambda rows: read(small("h2o"), case, PLAIN, slots=(8,), rows=rows)
+    one(ROWS)
+    before = _attend_layer._cache_size()
+    one((0, 1, 1, 0, 1, 1, 0))
+    one((0, 1, 1))
+    assert _attend_layer._cache_size() == before
+
+
+def test_owners_survive_a_file():
+    case, (_, after, hiddens, *_) = ran("h2o")
+    packed = pack_state(after, model="m", extra={})
+    state, _ = unpack_state(packed, config=MIXED, model="m", where="here")
+    assert_rows_equal(state, after, range(B))
+    found, _, _ = go_on(case, jax.device_get(state))
+    np.testing.assert_array_equal(found[case.then_valid], hiddens[case.then_valid])
+
+
+def test_dropping_reaches_every_row_of_a_head():
+    _, state = read(small("recency"), make_case(0, limits=((4,) * B,)), PLAIN, slots=(8,), rows=ROWS)
+    shorter = drop(state, start=jnp.full(B, 20, jnp.int32), stop=jnp.full(B, 22, jnp.int32))
+    for before, after in zip(state.layers, shorter.layers, strict=True):
+        held = np.asarray(before.tiers[0].positions)
+        np.testing.assert_array_equal(after.tiers[0].positions, np.where((held == 20) | (held == 21), -1, held))
+
+
+@pytest.mark.parametrize(
+    ("slots", "limit", "message"), [((8, 8), 9, "do not fit 8 slots"), ((8, 8), -1, "do not fit 8 slots")]
+)
+def test_compress_refuses_what_empty_state_refuses(slots, limit, message):
+    spec = spec_of(small("h2o"), slots=slots, scheme=("f32", "f32"))
+    with pytest.raises(ValueError, match=message):
+        compress(observed()[1], spec, limits=np.full((2, 2, B), limit))
+    with pytest.raises(ValueError, match=r"limits must be \[L, tiers, B\]"):
+        compress(observed()[1], spec, limits=np.full((2, 1, B), 4))
+
+
 def test_concat_needs_equal_owners():
-    """Joined states answer like the reference of both; states whose heads own different rows are refused."""
+    """Positions and keys of a joined state are those of both; states whose heads own different rows are refused."""
     case = make_case(0, limits=((8,) * B,))
     one = lambda rows: read(small("recency"), case, PLAIN, slots=(8,), rows=rows)[1]
     joined = concat(one(ROWS), one(ROWS), config=PLAIN)
     assert joined.layers[0].tiers[0].limit.tolist() == [[16] * 5] * B
+    roomy = dataclasses.replace(case, limits=np.full((1, B), T))
+    per_head = lambda: read(small("recency"), roomy, PLAIN)[1]  # has all that any block row has
+    alone = concat(per_head(), per_head(), config=PLAIN)
+    for mine, whole in zip(joined.layers, alone.layers, strict=True):
+        at, there = (np.asarray(layer.tiers[0].positions) for layer in (mine, whole))
+        keys, wanted = (np.asarray(layer.tiers[0].keys.codes) for layer in (mine, whole))
+        for b, p, slot in zip(*np.nonzero(at >= 0), strict=True):
+            (found,) = np.flatnonzero(there[b, ROWS[p]] == at[b, p, slot])
+            np.testing.assert_allclose(
+                keys[b, p, :, slot], wanted[b, ROWS[p], :, found], rtol=0, atol=tolerances.ENTRIES
+            )
     with pytest.raises(ValueError, match="own different block rows"):
         concat(one(ROWS), one((0, 1, 1, 1, 0)), config=PLAIN)
 

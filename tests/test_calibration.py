@@ -1,5 +1,6 @@
 """What kv heads deserve: the file's numbers, and what `auto` makes of them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ from jaxkv.cache import shares
 from jaxkv.cache.budgets import full_bytes, plan, tree_bytes
 from jaxkv.calibration import FOLDER, Calibration, digest_of, find
 from jaxkv.checkpoints import read_config
+from jaxkv.policies import KeyDiff
+from jaxkv.presets import PRESETS
 
 pytestmark = pytest.mark.smollm2
 
@@ -39,11 +42,12 @@ def test_between_the_levels():
     [
         ((0.2, 5.1, 2.6), 20, (0, *[1] * 5, *[2] * 3)),  # 9 is one of the sizes
         ((1.0, 9.0, 2.0), 4, (0, *[1] * 4, 2, 2)),  # 7 after the cap; 12 would not fit
+        ((4.0, 4.0, 4.0), 5, (*[0] * 4, *[1] * 4, *[2] * 4)),  # so is 12
         ((0.0, 0.0, 0.0), 8, (0, 1, 2)),
     ],
 )
 def test_rows_go_where_they_are_wanted(wanted, most, owner):
-    assert shares.divided(np.asarray(wanted), most, len(wanted)) == owner
+    assert shares.divided(np.asarray(wanted), most) == owner
 
 
 def test_auto_follows_the_model_that_was_measured(smollm2):
@@ -53,10 +57,11 @@ def test_auto_follows_the_model_that_was_measured(smollm2):
         planned = plan(config, "auto", f"{share:.2%}", lengths=[2028], dtype="float32")
         held = planned.tokens[:, 0]
         assert share * 0.97 < planned.bytes_per_row / full_bytes(config, 2028) <= share
-        assert held.shape == (30, 3) and held.min() >= 32 and held.max() > (1.2 if share == 0.25 else 4) * held.min()
+        assert held.shape == (30, 3) and held.min() >= 32 and (share == 0.25 or held.max() > 4 * held.min())
         assert len({layer.rows for layer in planned.spec}) <= 9  # every size is a program to compile
-        deserved = find(config).shares(held.mean() / 2028)
-        assert np.corrcoef(held.ravel(), deserved.ravel())[0, 1] > 0.9 or share == 0.25
+        if share < 0.25:  # there nearly everything fits, and heads share evenly
+            deserved = find(config).shares(held.mean() / 2028)
+            assert np.corrcoef(held.ravel(), deserved.ravel())[0, 1] > 0.9
 
 
 def test_a_row_of_a_batch_gets_what_it_gets_alone(smollm2):
@@ -67,13 +72,39 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(smollm2):
         np.testing.assert_array_equal(both.limits[:, :, row], one.limits[:, :, 0])
         for mine, theirs in zip(both.sizes(row)["owners"], one.owners, strict=True):
             np.testing.assert_array_equal(mine, theirs)
-    with_short = plan(config, "auto", "12.5%", lengths=[90, 2028], dtype="float32")
-    assert with_short.owners is None  # no block row of a row of 90 holds the 32 newest
+    for budget, ragged in ((512, [2048, 200]), ("3MiB", [2028, 700])):
+        both = plan(config, "auto", budget, lengths=ragged, dtype="float32")
+        assert (both.tokens[:, 1] >= 200).all() or budget != 512  # what fits stays, whatever its mates
+        assert both.bytes_per_row <= 3 * 2**20 or budget == 512
+
+
+@pytest.mark.parametrize("budget", [140, 512, "3MiB", "38%", "20%", "12.5%", "4%"])
+def test_every_length_has_a_plan(smollm2, budget):
+    """Lengths one after another, so that every size of a block row comes up: places fit slots, and bytes the budget."""
+    config = read_config(smollm2)
+    for length in (285, 340, 464, 480, 494, 513, 1000, 2048):
+        planned = plan(config, "auto", budget, lengths=[length], dtype="float32")
+        slots = np.asarray([[tier.slots for tier in layer.tiers] for layer in planned.spec])
+        assert (planned.limits[:, :, 0] <= slots).all() and (slots > 0).all()
+        if isinstance(budget, int):
+            assert planned.tokens.mean() <= max(budget, planned.tokens.min()) and planned.tokens.mean() > 0.85 * min(
+                budget, length
+            )
+        else:
+            most = 3 * 2**20 if budget == "3MiB" else float(budget[:-1]) / 100 * full_bytes(config, length)
+            assert planned.bytes_per_row <= most or "raised" in planned.note
+
+
+def test_what_a_policy_keeps_per_row_is_counted(smollm2):
+    config = read_config(smollm2)
+    preset = dataclasses.replace(PRESETS["auto"], policy=KeyDiff())
+    planned = plan(config, preset, "6.25%", lengths=[2028], dtype="float32")
+    assert planned.owners is not None and planned.bytes_per_row <= 0.0625 * full_bytes(config, 2028)
 
 
 def test_auto_of_heads_is_what_the_program_takes(smollm2):
     config = read_config(smollm2)
-    for lengths, budget in (([2028], "6.25%"), ([900, 400], "2MiB")):
+    for lengths, budget in (([2028], "6.25%"), ([900], "2MiB")):
         planned = plan(config, "auto", budget, lengths=lengths, dtype="float32")
         assert planned.owners is not None and "in blocks of" in planned.describe()
         held = new_state(config, planned, lengths)
@@ -88,8 +119,6 @@ def test_even_weights_leave_the_calibration_out(smollm2):
 
 
 def test_other_models_share_evenly(smollm2):
-    import dataclasses
-
     config = dataclasses.replace(read_config(smollm2), norm_eps=1e-3)
     assert find(config) is None
     limits = plan(config, "auto", "25%", lengths=[500], dtype="float32").limits

@@ -192,7 +192,7 @@ def test_ctrl_c_while_streaming(alphabet):
     options = "--max-new-tokens 900000000 --streaming --cache recency --budget 64 --compilation-cache".split()
     process = subprocess.Popen(
         [*start, "generate", "abc", "--model", str(alphabet), *options, ""],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,  # what a buffer holds, communicate() would not see
     )  # fmt: skip
     with process:
         first = process.stdout.read(4)

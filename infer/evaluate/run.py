@@ -108,7 +108,7 @@ def evaluate(
         context).
       progress: called with (steps done, steps, what was done).
     Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (0 to 1), bytes (allocated
-      for one row of context plus what follows), tokens (the largest limit of a layer), kl_mean, kl_interval (95 %, over
+      for one row of context plus what follows), tokens (the most that a kv head may hold), kl_mean, kl_interval (95 %, over
       excerpts), kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the batch), batch, accuracy (task ->
       share), accuracy_interval, asked (task -> number), protocol, note, partial. What was not measured is None or empty.
     Raises: ValueError for bad arguments, before anything runs. Interrupted, where something was measured before a

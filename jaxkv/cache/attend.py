@@ -144,7 +144,7 @@ def attend_extend(
 def attend_decode(
     queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig
 ):
-    """`attend_extend` for T = 1 on the fast path: the same arguments, the same results to rounding."""
+    """`attend_extend` and `store` for T = 1 on the fast path, equal to rounding. Returns: heads, the layer's state."""
     batch, _, _, size = keys.shape
     grouped = [q.reshape(batch, config.num_kv_heads, -1, size) for q in queries]  # [B, P, G, H]
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, 1, H]

@@ -180,8 +180,7 @@ def plan(
         )
     calibration = find(config) if preset.calibrated and layer_weights is None else None
     if calibration is not None:
-        share = asked.amount if asked.kind == "share" else min(room) / full_bytes(config, longest)
-        shared = share_rows(cut, calibration, share, lengths, room, most)
+        shared = share_rows(cut, calibration, lengths, room, [min(most, n) for n in lengths])
         if shared is not None:
             return _plan_rows(preset, cut, *shared, longest)
     kept = [cut.most(min(most, n), n, b) for n, b in zip(lengths, room, strict=True)]
@@ -206,14 +205,14 @@ def plan(
     return _plan(preset, cut, limits, longest, note)
 
 
-def _plan_rows(preset, layout, slots, owners, longest) -> Plan:
-    """slots [B, tiers] of each block row, owners: the head of each block row, per layer."""
-    layers, batch = len(owners), len(slots)
-    spec = layout.spec(np.tile(slots.max(axis=0), (layers, 1)), [len(owner) for owner in owners])
+def _plan_rows(preset, layout, limits, slots, owners, longest) -> Plan:
+    """limits [B, tiers], slots [tiers] of each block row; owners: the head of each, [B, P] per layer."""
+    layers = len(owners)
+    spec = layout.spec(np.tile(slots, (layers, 1)), [owner.shape[1] for owner in owners])
     size = state_bytes(layout.config, spec)
     return Plan(
-        preset=preset, spec=spec, limits=np.tile(slots.T, (layers, 1, 1)).astype(np.int32),
-        owners=tuple(np.tile(np.asarray(owner, np.int16), (batch, 1)) for owner in owners),
+        preset=preset, spec=spec, limits=np.tile(limits.T, (layers, 1, 1)).astype(np.int32),
+        owners=owners,
         bytes_per_row=size, share=float(min(1.0, size / full_bytes(layout.config, longest))), note="",
     )  # fmt: skip
 

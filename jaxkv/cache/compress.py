@@ -6,7 +6,15 @@ import numpy as np
 
 from jaxkv.cache.attend import retention, takes
 from jaxkv.cache.insert import insert
-from jaxkv.cache.state import checked_owner, empty_tier, live_slots, plain_entries, positions_of, wants_balance
+from jaxkv.cache.state import (
+    check_tiers,
+    checked_owner,
+    empty_tier,
+    live_slots,
+    plain_entries,
+    positions_of,
+    wants_balance,
+)
 from jaxkv.policies import Full
 from jaxkv.types import Entries, LayerSpec, LayerState, State
 from pallas_kernels.decode_attention.owners import to_rows
@@ -20,10 +28,13 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits, owners=None) 
 
     Args: spec: a LayerSpec per layer, all of one policy. limits: int [L, tiers, B], slots that each row may use. owners: as
       `empty_state` takes them.
-    Raises: ValueError if `state` was not made with `Full`, or needs attention statistics that it did not observe.
+    Raises: ValueError if `state` was not made with `Full`, or needs attention statistics that it did not observe; for
+      tiers, limits and owners that `empty_state` would refuse.
     """
-    limits = np.asarray(limits)
-    layers = []
+    limits, layers = np.asarray(limits), []
+    wanted_shape = (len(state.layers), len(spec[0].tiers), state.next_position.shape[0])
+    if limits.shape != wanted_shape:
+        raise ValueError(f"limits must be [L, tiers, B] = {wanted_shape}, got {limits.shape}")
     for index, (layer, wanted) in enumerate(zip(state.layers, spec, strict=True)):
         policy = wanted.policy
         if not isinstance(layer.policy, Full) or len(layer.tiers) != 1:
@@ -37,6 +48,7 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits, owners=None) 
                 )
         if wants_balance(wanted) and layer.balance is None:
             raise ValueError("a balanced scheme needs queries that this state has not kept: Full(balance=True)")
+        check_tiers(index, wanted, limits[index], 0)
         limit = jnp.asarray(limits[index], jnp.int32)
         number = jnp.asarray(index, jnp.int32)
         owner = checked_owner(owners, index, wanted, limit.shape[-1], layer.tiers[0].positions.shape[1])

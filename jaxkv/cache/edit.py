@@ -95,7 +95,8 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
                     tier, positions=jnp.where(gone, EMPTY, tier.positions), limit=jnp.minimum(tier.limit, most)
                 )
             tiers.append(tier)
-        layers.append(dataclasses.replace(a, tiers=tuple(tiers)))
+        kept = jax.tree.map(jnp.copy, (a.row, a.balance, a.owner))  # the result may be donated; `first` must survive it
+        layers.append(dataclasses.replace(a, tiers=tuple(tiers), row=kept[0], balance=kept[1], owner=kept[2]))
     return State(
         layers=tuple(layers),
         offsets=first.offsets,

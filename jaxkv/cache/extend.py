@@ -77,7 +77,8 @@ def extend(
     layers = []
     for index, layer in enumerate(state.layers):
         kind, watch = config.layers[index], bool(layer.tiers) and layer.policy.needs_attention
-        seen = dataclasses.replace(layer, tiers=()) if fresh else layer
+        # What differs from layer to layer in shape would make a program for each, so a prompt is shown nothing of it.
+        seen = dataclasses.replace(layer, tiers=(), owner=None, row=layer.row if watch else ()) if fresh else layer
         x, new = _attend_layer(
             params[f"layers_{index}"], x, seen, context,
             config=config, kind=kind, causal=visibility == "causal", watch=watch,

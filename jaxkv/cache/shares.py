@@ -1,8 +1,8 @@
 """Which kv head gets how much of a budget: block rows of one size, shared out by what the model's heads deserve.
 
     deserved        head 0: 9 %   head 1: 52 %   head 2: 20 %     of the tokens, when all heads together keep 27 %
-    of 4 * heads    0.33 / 0.27 * 4 rows and so on, the nearest counts whose sum is one of a few sizes
-    block rows      2             8              3
+    over 27 % * 4   1.3 rows      7.7 rows       3.0 rows         the nearest counts whose sum is one of a few sizes
+    block rows      1             8              3
 
 Who owns how many rows depends on the share of a full cache alone; how many tokens a row holds follows from the bytes.
 """
@@ -10,6 +10,7 @@ Who owns how many rows depends on the share of a full cache alone; how many toke
 import dataclasses
 import math
 
+import jax
 import numpy as np
 
 from jaxkv.calibration import Calibration
@@ -18,44 +19,80 @@ from jaxkv.presets import split
 ROWS = 4  # that a head owns on average: fewer would not tell heads apart, more would make small rows
 GROWTH = 1.3  # between the numbers of rows that a layer may have: each is a program to compile
 STEP = 4  # tokens of a row
+ALMOST = 0.95  # of all tokens: heads that keep so many share evenly
 
 
-def share_rows(layout, calibration: Calibration, share: float, lengths, rooms, upto: int):
-    """Places for rows of a batch that may take `rooms` bytes each and keep `upto` tokens per head on average.
+def share_rows(layout, calibration: Calibration, lengths, rooms, uptos):
+    """Places for the rows of a batch, which may take `rooms` bytes each and keep `uptos` tokens per head on average.
 
-    Args: layout: `budgets._Layout`, what a slot of each tier costs. share: of the bytes of a full bfloat16 cache.
-    Returns: slots [B, tiers] of each block row, and per layer the head of each block row, alike for all rows; or None where
-      a block row would not hold the tokens that the policy protects.
+    Each gets what it would get alone. None where that cannot be, and heads are to share evenly: where a head's block rows
+    would not hold the tokens that the policy protects, where rows that differ much would not fit one allocation, in
+    layers with a window, and for schemes that store groups of tokens.
+    Args: layout: `budgets._Layout`, what a slot of each tier costs.
+    Returns: limits [B, tiers] of each block row; slots [tiers]; per layer the head of each block row, [B, P], -1 = none.
     """
-    config, (fixed, per_slot) = layout.config, layout.costs
-    heads, longest = config.num_kv_heads, max(lengths)
-    parts = [p if p.slots is None else dataclasses.replace(p, slots=max(1, p.slots // ROWS)) for p in layout.parts]
-    per_token = sum(part.share * cost for part, cost in zip(parts, per_slot, strict=True)) / heads
-    level = min(1.0, upto / longest, share * config.head_dim * 4 / per_token)
-    owners = []
-    for deserved, kind in zip(calibration.shares(level), config.layers, strict=True):
-        seen = 1.0 if kind.window is None else min(1.0, kind.window / longest)
-        owners.append(divided(np.minimum(deserved, seen) * ROWS / level, math.ceil(seen * ROWS / level), heads))
+    if any(kind.window for kind in layout.config.layers) or any(part.granule > 1 for part in layout.parts):
+        return None
+    price = _Price(layout)
+    rows = [_alone(price, calibration, *one) for one in zip(lengths, rooms, uptos, strict=True)]
+    if None in rows:
+        return None
+    limits = np.asarray([places for places, _ in rows])
+    slots = price.slots(limits.max(axis=0))
+    owners = [_together([owners[index] for _, owners in rows]) for index in range(layout.config.num_layers)]
+    if price.bytes(slots, sum(owner.shape[1] for owner in owners)) > max(rooms):
+        return None
+    return limits, slots, tuple(owners)
+
+
+class _Price:
+    """Bytes of block rows: slots, limits, owner, and what the policy keeps once per row."""
+
+    def __init__(self, layout):
+        heads = layout.config.num_kv_heads
+        fixed, per_slot = layout.costs
+        shapes = jax.eval_shape(lambda: layout.policy.enter_row((1, 1, layout.config.head_dim), 0))
+        kept = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes) if len(x.shape) > 1)
+        self.layout, self.fixed, self.per_slot = layout, fixed, per_slot / heads
+        self.parts = [
+            p if p.slots is None else dataclasses.replace(p, slots=max(1, p.slots // ROWS)) for p in layout.parts
+        ]
+        self.per_row = 4 * len(self.parts) + 2 + kept
+        self.per_token = sum(part.share * cost for part, cost in zip(self.parts, self.per_slot, strict=True))
+
+    def slots(self, places):
+        """Allocated: no tier has none."""
+        return np.maximum(places, STEP)
+
+    def bytes(self, slots, rows: int) -> float:
+        return self.fixed + rows * ((slots * self.per_slot).sum() + self.per_row)
+
+
+def _alone(price: _Price, calibration: Calibration, length: int, room: float, upto: int):
+    """Places [tiers] of each block row, and per layer the head of each, of one row; None if protected tokens do not fit."""
+    config = price.layout.config
+    heads, whole = config.num_kv_heads, length * config.num_layers * config.head_dim * 4
+    level = min(1.0, upto / length, room / (whole * heads) * config.head_dim * 4 / price.per_token)
+    if level > ALMOST:
+        owners = [tuple(np.repeat(np.arange(heads), ROWS).tolist())] * config.num_layers
+    else:
+        most = math.ceil(ROWS / level)
+        owners = [divided(deserved * ROWS / level, most) for deserved in calibration.shares(level)]
     rows = sum(map(len, owners))
-    average = rows / len(owners) / heads
-
-    def size(tokens):
-        one = (np.asarray(split(parts, tokens)) * per_slot).sum() / heads + 4 * len(parts) + 2  # limits and owner
-        return fixed + math.ceil(rows * one)
-
-    slots = []
-    for length, room in zip(lengths, rooms, strict=True):
-        tokens = int(min(upto, length) / average) // STEP * STEP
-        while tokens and size(tokens) > room:
-            tokens -= STEP
-        if tokens < min(layout.policy.least_budget, length):
-            return None
-        slots.append(split(parts, tokens))
-    return np.asarray(slots), tuple(owners)
+    tokens = math.ceil(min(upto, length) * config.num_layers * heads / rows / STEP) * STEP
+    if upto < length:
+        tokens = int(upto * config.num_layers * heads / rows) // STEP * STEP
+    while tokens and price.bytes(price.slots(np.asarray(split(price.parts, tokens))), rows) > room:
+        tokens -= STEP
+    fewest = min(owner.count(head) for owner in owners for head in range(heads))
+    if tokens * fewest < min(price.layout.policy.least_budget, length):
+        return None
+    return split(price.parts, tokens), owners
 
 
-def divided(wanted: np.ndarray, most: int, heads: int) -> tuple[int, ...]:
+def divided(wanted: np.ndarray, most: int) -> tuple[int, ...]:
     """wanted [K] rows -> the head of each row: at least one each and at most `most`, by largest remainders."""
+    heads = len(wanted)
     wanted = np.clip(wanted, 1, most)
     total = min(_near(wanted.sum(), heads), most * heads)
     counts = np.ones(heads, int)
@@ -66,5 +103,11 @@ def divided(wanted: np.ndarray, most: int, heads: int) -> tuple[int, ...]:
 
 def _near(rows: float, heads: int) -> int:
     """The nearest of the few numbers of rows, geometrically."""
-    step = round(math.log(rows / heads, GROWTH))
-    return max(heads, round(heads * GROWTH**step))
+    step = round(math.log(rows / (heads * ROWS), GROWTH))
+    return max(heads, round(heads * ROWS * GROWTH**step))
+
+
+def _together(owners) -> np.ndarray:
+    """The owners of one layer for each row of a batch -> [B, P]; -1 where a row has fewer."""
+    width = max(map(len, owners))
+    return np.asarray([[*owner, *[-1] * (width - len(owner))] for owner in owners], np.int16)

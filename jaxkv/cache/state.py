@@ -41,16 +41,7 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     longest = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
     layers = []
     for index, layer in enumerate(spec):
-        for number, tier in enumerate(layer.tiers):
-            if longest > np.iinfo(tier.positions).max:
-                raise ValueError(f"layer {index}: {tier.positions} positions do not reach {longest} tokens; use int32")
-            values = get_scheme(tier.scheme[1])
-            if values.balanced or values.keys_only:
-                why = "have no queries to balance with" if values.balanced else "are stored per token, as by 'int4'"
-                raise ValueError(f"layer {index}: {tier.scheme[1]!r} stores keys; values {why}")
-            if tier.slots < 1 or limits[index, number].max() > tier.slots or limits[index, number].min() < 0:
-                raise ValueError(f"layer {index}: limits {limits[index, number]} do not fit {tier.slots} slots")
-        _check_granules(f"layer {index}", layer.tiers, limits[index])
+        check_tiers(index, layer, limits[index], longest)
         owner = checked_owner(owners, index, layer, batch, config.num_kv_heads)
         shape = (batch, config.num_kv_heads if owner is None else layer.rows, config.head_dim)
         built = tuple(
@@ -71,7 +62,7 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
 
 def checked_owner(owners, index: int, layer: LayerSpec, batch: int, heads: int) -> Array | None:
     """`LayerState.owner` of a layer, [B, P]."""
-    given = None if owners is None else owners[index]
+    given = None if owners is None or index >= len(owners) else owners[index]
     if (layer.rows is None) != (given is None):
         raise ValueError(f"layer {index}: its spec has rows {layer.rows}, and owners say {given}; give both or neither")
     if given is None:
@@ -95,6 +86,20 @@ def even_owners(spec: tuple[LayerSpec, ...], batch: int, heads: int) -> list | N
         return None
     turns = lambda rows: np.broadcast_to(np.arange(rows, dtype=np.int16) % heads, (batch, rows))
     return [None if layer.rows is None else turns(layer.rows) for layer in spec]
+
+
+def check_tiers(index: int, layer: LayerSpec, limits, longest: int) -> None:
+    """Raises: ValueError for tiers that cannot be, or limits [tiers, B] that they cannot hold. longest: position."""
+    for tier, limit in zip(layer.tiers, limits, strict=True):
+        if longest > np.iinfo(tier.positions).max:
+            raise ValueError(f"layer {index}: {tier.positions} positions do not reach {longest} tokens; use int32")
+        values = get_scheme(tier.scheme[1])
+        if values.balanced or values.keys_only:
+            why = "have no queries to balance with" if values.balanced else "are stored per token, as by 'int4'"
+            raise ValueError(f"layer {index}: {tier.scheme[1]!r} stores keys; values {why}")
+        if tier.slots < 1 or limit.max() > tier.slots or limit.min() < 0:
+            raise ValueError(f"layer {index}: limits {limit} do not fit {tier.slots} slots")
+    _check_granules(f"layer {index}", layer.tiers, limits)
 
 
 def _check_granules(where: str, tiers: tuple[TierSpec, ...], limits) -> None:
@@ -222,7 +227,8 @@ def _packed(encoded: Encoded, name: str, slots_minor: bool) -> Array | Packed:
 
 
 def plain_entries(tier: Tier, balance: Array | None) -> tuple[Array, Array]:
-    """Keys and values [B, P, S, H] of all slots, out of their schemes' bases. balance: of the tier's layer."""
+    """Keys and values [B, P, S, H] of all slots, out of their schemes' bases. balance [B, P, H]: of the
+    tier's layer, for each block row."""
     keys, values = (get_scheme(name) for name in tier.scheme)
     plain = keys.out_of_basis(jnp.swapaxes(tier_keys(tier), -1, -2))
     if keys.balanced:

@@ -69,14 +69,15 @@ class Policy:
         return ()
 
     def enter_row(self, shape: tuple[int, int, int], layer: int | Array) -> Any:
-        """State of a row that has seen nothing: a pytree with leaves [B, ...]; shape is (B, P, H)."""
+        """State of a row that has seen nothing: a pytree with leaves [B] or [B, P, ...]; shape is (B, P, H)."""
         return ()
 
     def row_statistic(self, p: Array, visible: Array, rows: Rows, row: Any) -> Any:
         """What query rows say of each slot: p [B, P, G, t, S] float32 -> pytree with leaves [B, P, S, ...], >= 0.
 
         p: the probabilities that each of the G query heads gave, 0 where `visible` [B, P, t, S] is False; `mean_vote`
-        averages them. `row` is the row's state from before this extend.
+        averages them. `row` is the row's state from before this extend; of it only leaves [B] fit p, whose second axis is
+        that of kv heads for the extend's own tokens, and of block rows for tiers, where heads own several.
         """
         return ()
 

@@ -10,7 +10,7 @@ from jaxkv.policies.base import Policy, expand
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(Policy):
-    """Each token draws one score from (seed, layer, head, position) when it enters, and keeps it.
+    """Each token draws one score from (seed, layer, block row, position) when it enters, and keeps it.
 
     The batch index takes no part, so a row's kept set does not depend on its mates.
     """

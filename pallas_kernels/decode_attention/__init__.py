@@ -23,7 +23,7 @@ def decode_attention(
         source when a tier's positions are shifted or its keys are stored in another basis. Dead slots may hold NaN keys
         and any finite values.
       scale: multiplies the logits. softcap: logits become softcap * tanh(logits / softcap), or None.
-    Returns: out [B, P, G, H] in the values' dtype; probabilities, one [B, P, G, S] float32 per source. A row without a
+    Returns: out [B, K, G, H] in the queries' dtype; probabilities, one [B, P, G, S] float32 per source. A row without a
       live slot gives zeros.
     """
     run = choose("decode_attention", IMPLEMENTATIONS, implementation, sources)

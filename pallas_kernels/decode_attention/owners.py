@@ -32,7 +32,7 @@ def sum_by_head(x, owner, heads: int):
 def turns(owner):
     """Which row of its head each row is, and how many its head has: [B, P] int32 both."""
     same = (owner[:, :, None] == owner[:, None, :]).astype(jnp.int32)
-    return jnp.tril(same, -1).sum(axis=-1), same.sum(axis=-1)
+    return jnp.tril(same, -1).sum(axis=-1, dtype=jnp.int32), same.sum(axis=-1, dtype=jnp.int32)
 
 
 def of_head(x, owner):
