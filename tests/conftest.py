@@ -9,11 +9,19 @@ pytest.register_assert_rewrite("cache_harness", "command_harness")
 
 from command_harness import alphabet, command, generate, heard, interrupt  # noqa: E402, F401 fixtures
 
+from infer.evaluate.run import spare_mappings  # noqa: E402
 from jaxkv.checkpoints import CheckpointError  # noqa: E402
 from jaxkv.checkpoints.named import find_named  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """After a module, a worker that has compiled very much forgets its programs; else XLA would run out of mappings."""
+    yield
+    spare_mappings()
 
 
 @pytest.fixture(scope="session")

@@ -78,11 +78,11 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(smollm2):
         assert both.bytes_per_row <= 3 * 2**20 or budget == 512
 
 
-@pytest.mark.parametrize("budget", [140, 512, "3MiB", "38%", "20%", "12.5%", "4%"])
+@pytest.mark.parametrize("budget", [140, "3MiB", "38%", "12.5%", "4%"])
 def test_every_length_has_a_plan(smollm2, budget):
     """Lengths one after another, so that every size of a block row comes up: places fit slots, and bytes the budget."""
     config = read_config(smollm2)
-    for length in (285, 340, 464, 480, 494, 513, 1000, 2048):
+    for length in (285, 340, 480, 513, 2048):
         planned = plan(config, "auto", budget, lengths=[length], dtype="float32")
         slots = np.asarray([[tier.slots for tier in layer.tiers] for layer in planned.spec])
         assert (planned.limits[:, :, 0] <= slots).all() and (slots > 0).all()

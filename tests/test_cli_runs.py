@@ -195,7 +195,11 @@ def test_ctrl_c_while_streaming(alphabet):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,  # what a buffer holds, communicate() would not see
     )  # fmt: skip
     with process:
-        first = process.stdout.read(4)
+        first = b""
+        while len(first) < 200:  # some blocks of tokens
+            piece = process.stdout.read(64)
+            assert piece, process.stderr.read()
+            first += piece
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     said = (first + out).decode()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import infer.evaluate.run as evaluate_run
 from infer.evaluate import PROTOCOLS, TASKS, evaluate, load_samples, make_samples, metrics, report
 from infer.evaluate.run import _answers
 from infer.evaluate.tasks import INTRO, encode_context, split_sentences
@@ -55,6 +56,17 @@ class WithChat(Bytes):
 def samples_of(**changes):
     options = {"filler": FILLER, "tokenizer": Bytes(), "context_tokens": 4000, "samples": 8, "seed": 3} | changes
     return make_samples(options.pop("tasks", ["passkey", "magic"]), **options)
+
+
+def test_a_long_comparison_forgets_its_programs(monkeypatch):
+    """Only where there are more mappings than allowed; programs are then made again."""
+    double = jax.jit(lambda x: 2 * x)
+    double(jnp.ones(3))
+    evaluate_run.spare_mappings()
+    assert double._cache_size() == 1
+    monkeypatch.setattr(evaluate_run, "MAPPINGS", 1)
+    evaluate_run.spare_mappings()
+    assert double._cache_size() == 0 and float(double(jnp.ones(3))[0]) == 2.0
 
 
 def test_samples_are_the_same_every_time_and_differ_by_seed():

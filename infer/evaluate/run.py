@@ -11,6 +11,7 @@ What is compiled: per cache and budget one decode loop and three one-layer funct
 import dataclasses
 import functools
 import os
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,16 @@ class _Case:
         return f"{self.preset.name} {self.budget or '100%'}"
 
 
+MAPPINGS = 30_000  # of the 65,530 that Linux gives a process
+
+
+def spare_mappings() -> None:
+    """Forgets compiled programs if there are very many: each takes mappings of memory, and XLA dies without."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPPINGS:
+        jax.clear_caches()
+
+
 class _Steps:
     """Counts the steps of the whole run for the progress callback."""
 
@@ -67,6 +78,7 @@ class _Steps:
 
     def __call__(self, what: str) -> None:
         self.done += 1
+        spare_mappings()
         if self.progress is not None:
             self.progress(self.done, self.total, what)
 

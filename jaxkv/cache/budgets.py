@@ -314,6 +314,7 @@ def _relative(layer_weights, layers: int) -> list[float]:
     return [w * layers / sum(weights) for w in weights]
 
 
+@functools.lru_cache(maxsize=256)
 def state_bytes(config: DecoderConfig, spec: tuple[LayerSpec, ...]) -> int:
     """Bytes that the state of one row takes, from its shapes; nothing is allocated."""
     limits, owners = np.zeros((len(spec), len(spec[0].tiers), 1), np.int32), even_owners(spec, 1, config.num_kv_heads)
