@@ -63,11 +63,16 @@ class _Case:
 MAPPINGS = 30_000  # of the 65,530 that Linux gives a process
 
 
-def spare_mappings() -> None:
-    """Forgets compiled programs if there are very many: each takes mappings of memory, and XLA dies without."""
+def spare_mappings() -> bool:
+    """Forgets compiled programs if there are very many: each takes mappings of memory, and XLA dies without.
+
+    Returns: whether it did.
+    """
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPPINGS:
+    many = maps.exists() and len(maps.read_bytes().splitlines()) > MAPPINGS
+    if many:
         jax.clear_caches()
+    return many
 
 
 class _Steps:
