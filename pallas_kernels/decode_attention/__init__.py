@@ -6,7 +6,7 @@ out = sum over sources s of  p_s V_s,     p = softmax over the live slots of all
 from pallas_kernels.decode_attention import xla
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.source import Source
-from pallas_kernels.dispatch import Implementation, choose, takes_all
+from pallas_kernels.dispatch import Implementation, call, takes_all
 
 __all__ = ["IMPLEMENTATIONS", "Packed", "Source", "decode_attention"]
 
@@ -26,5 +26,4 @@ def decode_attention(
     Returns: out [B, K, G, H] in the queries' dtype; probabilities, one [B, P, G, S] float32 per source. A row without a
       live slot gives zeros.
     """
-    run = choose("decode_attention", IMPLEMENTATIONS, implementation, sources)
-    return run(sources, scale=scale, softcap=softcap)
+    return call("decode_attention", IMPLEMENTATIONS, implementation, sources, scale=scale, softcap=softcap)

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from pallas_kernels.decode_attention.source import Source
-from pallas_kernels.dispatch import Implementation, choose, takes_all
+from pallas_kernels.dispatch import Implementation, call, takes_all
 from pallas_kernels.extend_attention import xla
 
 
@@ -53,8 +53,10 @@ def extend_attention(
     Returns: out [B, P, G, T, H]; statistics, one pytree per tier and one for the new tokens (all None without
       `row_statistic`). Rows that see nothing give zeros.
     """
-    run = choose("extend_attention", IMPLEMENTATIONS, implementation, queries)
-    return run(
+    return call(
+        "extend_attention",
+        IMPLEMENTATIONS,
+        implementation,
         queries,
         keys,
         values,
