@@ -16,7 +16,7 @@ import json
 import pathlib
 
 import numpy as np
-from common import record
+from common import questions, record
 
 import infer
 from infer.evaluate import evaluate, metrics
@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
-    lm, sides, samples = infer.load("smollm2"), [], questions(arguments)
+    lm, sides, samples = infer.load("smollm2"), [], questions(arguments.contexts)
     for number, name in enumerate(arguments.text):
         text = load_text(name)
         work = arguments.folder / f"work-{number}.json"
@@ -77,15 +77,10 @@ def versions(sides) -> dict[str, dict[str, str]]:
     return {"peers": dict(part.split(" ", 1) for part in notes[0].split(", "))} if notes else {}
 
 
-def questions(arguments) -> dict[str, int]:
-    """All that the facts of the contexts allow."""
-    return {"passkey": arguments.contexts, "magic": 7 * arguments.contexts}
-
-
 def ask(lm, text, arguments) -> dict:
     """What `evaluate` asks, as ids for the peers."""
     tokens = draw_excerpts(lm, text, arguments.context + 129, arguments.excerpts, arguments.seed).tolist()
-    contexts = draw_contexts(lm, text, TASKS, arguments.context, questions(arguments), None, arguments.seed)
+    contexts = draw_contexts(lm, text, TASKS, arguments.context, questions(arguments.contexts), None, arguments.seed)
     asked = [[encode_question(lm.tokenizer, question) for question in one.questions] for one in contexts]
     prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]
     reserve = max([128, *(len(q.ask) + len(q.answer) for group in asked for q in group)])

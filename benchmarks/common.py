@@ -35,3 +35,8 @@ def record(out: pathlib.Path | None, *, title, command, rows, machine="", peers=
     if out:
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def questions(contexts: int) -> dict[str, int]:
+    """Task -> how many: all that the facts of so many contexts allow, 8 each."""
+    return {"passkey": contexts, "magic": 7 * contexts}

@@ -9,7 +9,7 @@ the lowest and highest seed. Random eviction and recency at the same bytes are t
 import argparse
 import pathlib
 
-from common import record
+from common import questions, record
 
 import infer
 from infer.evaluate import evaluate_seeds
@@ -24,21 +24,20 @@ def main():
     parser.add_argument("--text", default="pride-and-prejudice", help="a name of infer.texts, or a UTF-8 file")
     parser.add_argument("--caches", default=CACHES)
     parser.add_argument("--budgets", default="50%,25%,12.5%,6.25%")
-    parser.add_argument("--tasks", default="passkey,magic")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--context", type=int, default=1900)
     parser.add_argument("--next", type=int, default=128)
     parser.add_argument("--scored", type=int)
     parser.add_argument("--excerpts", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--contexts", type=int, default=9, help="of each seed, 8 questions each")
     parser.add_argument("--title", default="Quality on SmolLM2-135M")
     parser.add_argument("--out", type=pathlib.Path)
     given = parser.parse_args()
     split = lambda text: [part for part in text.split(",") if part]
     rows = evaluate_seeds(
         infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=split(given.caches),
-        budgets=split(given.budgets), tasks=split(given.tasks), context=given.context, next_tokens=given.next,
-        scored=given.scored, excerpts=given.excerpts, samples=given.samples,
+        budgets=split(given.budgets), tasks=["passkey", "magic"] if given.contexts else [], context=given.context,
+        next_tokens=given.next, scored=given.scored, excerpts=given.excerpts, samples=questions(given.contexts),
         progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
     )  # fmt: skip
     shown = {k: v for k, v in vars(given).items() if k not in ("out", "title") and v != parser.get_default(k)}
@@ -46,7 +45,7 @@ def main():
     record(
         given.out,
         title=f"{given.title}: {given.context} tokens, {given.excerpts} excerpts of {pathlib.Path(given.text).name},"
-        f" {given.samples} questions a task; mean over {given.seeds} seeds [lowest, highest]",
+        f" {8 * given.contexts} questions; mean over {given.seeds} seeds [lowest, highest]",
         command=" ".join(["python benchmarks/quality.py", *(f"--{k} '{v}'" for k, v in shown.items())]),
         rows=[line(row) for row in rows],
     )
