@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
-from decode_cases import AXES, CASES, axes_of, make, pairs_of, possible
+from decode_cases import CASES, make
 
 from pallas_kernels.decode_attention import decode_attention, reference
 

@@ -13,6 +13,7 @@ slot is neither fetched nor computed. The parts of several sources, and of a hea
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -94,7 +95,10 @@ def _block(source) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """How keys or values are stored. groups: of channels with factors of their own, 0 = no factors. dtype: of the levels."""
+    """How keys or values are stored. groups: of channels with factors of their own, 0 = no factors. dtype: of the levels.
+
+    swapped: the last two axes, of values whose channels are minor or of factors that slots share, come the other way round.
+    """
 
     bits: int
     level: Any
@@ -104,14 +108,22 @@ class _Form:
     granule: int
     slots_minor: bool
     dtype: Any
+    swapped: bool = False
+
+    @property
+    def vectors(self) -> int:
+        """Factors that are one number per slot."""
+        return (1 + self.zero) * (self.groups == 1 and self.granule == 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What fixes the kernel of one source. group: query heads; rows: those, padded; block, blocks: of slots."""
+    """What fixes the kernel of one source. heads: block rows P; group: query heads G; rows: those, padded; block, blocks: of
+    slots."""
 
     keys: _Form
     values: _Form
+    heads: int
     group: int
     rows: int
     channels: int
@@ -125,6 +137,25 @@ class _Plan:
     @property
     def blocks(self) -> int:
         return self.slots // self.block
+
+    def at(self, b, j, p, near):
+        """The row and block of slots that are read at a step of the grid: those of the last live one."""
+        step = near[(b * self.blocks + j) * self.heads + p]
+        return step % self.heads, step // self.heads
+
+    def of_slots(self, rows: int) -> pl.BlockSpec:
+        """Of an array [B, P, rows, S]."""
+
+        def index(b, j, p, near):
+            row, block = self.at(b, j, p, near)
+            return b, row, 0, block
+
+        return pl.BlockSpec((1, 1, rows, self.block), index)
+
+    def of_all_rows(self) -> pl.BlockSpec:
+        """Of an array [B, P, S]: one block for all steps of the same slots."""
+        last = self.heads - 1
+        return pl.BlockSpec((1, self.heads, self.block), lambda b, j, p, near: (b, 0, self.at(b, j, last, near)[1]))
 
 
 @functools.cache
@@ -140,9 +171,11 @@ def _form(stored, queries, slots_minor: bool) -> tuple[_Form, list]:
     exact = queries.dtype == jnp.float32
     if not isinstance(stored, Packed):
         dtype = jnp.float32 if exact or stored.dtype == jnp.float32 else jnp.bfloat16
-        form = _Form(0, None, False, 0, False, 1, slots_minor, dtype)
-        return form, [stored]
+        swapped = not slots_minor and _pads_less(*stored.shape[2:])
+        return _Form(0, None, False, 0, False, 1, slots_minor, dtype, swapped), [stored]
     codes = stored.bits < 16
+    swapped = stored.granule > 1 and _pads_less(*stored.scale.shape[2:])
+    swapped = swapped or (not stored.slots_minor and _pads_less(*stored.codes.shape[2:]))
     form = _Form(
         bits=stored.bits,
         level=stored.level,
@@ -152,6 +185,7 @@ def _form(stored, queries, slots_minor: bool) -> tuple[_Form, list]:
         granule=stored.granule,
         slots_minor=stored.slots_minor,
         dtype=jnp.float32 if exact else jnp.bfloat16,
+        swapped=swapped,
     )
     return form, [x for x in (stored.codes, stored.scale, stored.zero) if x is not None]
 
@@ -159,54 +193,54 @@ def _form(stored, queries, slots_minor: bool) -> tuple[_Form, list]:
 def source_attention(source, *, scale, softcap, scores, interpret) -> Part:
     """One source by the kernel."""
     batch, heads, group, channels = source.queries.shape
-    slots = source.live.shape[2]
+    slots, block = source.live.shape[2], _block(source)
     keys, key_arrays = _form(source.keys, source.queries, True)
     values, value_arrays = _form(source.values, source.queries, False)
-    if not values.slots_minor and channels % LANES:  # so XLA lays them out on TPU, and this moves nothing
-        value_arrays, values = [jnp.swapaxes(value_arrays[0], 2, 3)], dataclasses.replace(values, slots_minor=True)
-    block = _block(source)
     plan = _Plan(
-        keys=keys, values=values, group=group, rows=-(-group // SUBLANES) * SUBLANES, channels=channels, slots=slots,
-        block=block, scale=scale, softcap=softcap, biased=source.bias is not None, scores=scores,
+        keys=keys, values=values, heads=heads, group=group, rows=-(-group // SUBLANES) * SUBLANES, channels=channels,
+        slots=slots, block=block, scale=scale, softcap=softcap, biased=source.bias is not None, scores=scores,
     )  # fmt: skip
-    near = _nearest_live(source.live, plan)
-    at = lambda b, p, j, near: near[(b * heads + p) * plan.blocks + j]
-    of_row = lambda *shape: pl.BlockSpec((1, 1, *shape), lambda b, p, j, near: (b, p, 0, 0))
-    of_slots = lambda rows: pl.BlockSpec((1, 1, rows, block), lambda b, p, j, near: (b, p, 0, at(b, p, j, near)))
     queries = _by_group(source.queries, plan)
-    inputs = [queries, source.live[:, :, None].astype(jnp.int8)]
-    specs = [of_row(*queries.shape[2:]), of_slots(1)]
+    whole = lambda *shape: pl.BlockSpec((1, heads, *shape), lambda b, j, p, near: (b, 0, 0, 0))
+    inputs, specs = [queries, source.live.astype(jnp.int8)], [whole(*queries.shape[2:]), plan.of_all_rows()]
     if plan.biased:
         inputs.append(source.bias.astype(jnp.float32))
-        specs.append(of_slots(plan.rows))
-    out_shape = [(channels, of_row(group, channels)), (1, of_row(group, 1))]
+        specs.append(plan.of_slots(plan.rows))
+    for form, arrays in ((keys, key_arrays), (values, value_arrays)):
+        arranged, blocks = zip(*_arranged(form, arrays, plan), strict=True)
+        inputs.extend(arranged)
+        specs.extend(blocks)
+    outputs = [(channels, whole(group, channels)), (1, whole(group, 1))]
     if scores:
-        written = pl.BlockSpec((1, 1, plan.rows, block), lambda b, p, j, near: (b, p, 0, j))
-        out_shape.append((slots, written))
+        outputs.append((slots, pl.BlockSpec((1, 1, plan.rows, block), lambda b, j, p, near: (b, p, 0, j))))
+    per_row = [pltpu.VMEM((heads, plan.rows, n), jnp.float32) for n in (LANES, LANES, channels)]
+    vectors = [pltpu.VMEM((heads, block), jnp.float32)] * (1 + keys.vectors + values.vectors)
     results = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        out_shape=[jax.ShapeDtypeStruct((batch, heads, group, last), jnp.float32) for last, _ in out_shape],
+        out_shape=[jax.ShapeDtypeStruct((batch, heads, group, last), jnp.float32) for last, _ in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, heads, plan.blocks),
-            in_specs=specs + _specs(keys, key_arrays, plan, at) + _specs(values, value_arrays, plan, at),
-            out_specs=[spec for _, spec in out_shape],
-            scratch_shapes=[pltpu.VMEM((plan.rows, n), jnp.float32) for n in (LANES, LANES, channels)],
+            grid=(batch, plan.blocks, heads),
+            in_specs=specs,
+            out_specs=[spec for _, spec in outputs],
+            scratch_shapes=per_row + vectors,
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         interpret=interpret,
         name="decode_attention",
-    )(near, *inputs, *key_arrays, *value_arrays)
+    )(_nearest_live(source.live, plan), *inputs)
     return Part(*results, *([] if scores else [None]))
 
 
 def _nearest_live(live, plan: _Plan):
-    """[B * P * blocks] int32: the last block up to this one that has a live slot, or 0: a block is live if it is itself."""
+    """[B * blocks * P] int32: the last step of a batch row's grid up to this one that has a live slot, or 0. A step is live
+    if it is itself."""
     found = live.reshape(*live.shape[:2], plan.blocks, plan.block).any(axis=-1)
-    index = jnp.where(found, jnp.arange(plan.blocks, dtype=jnp.int32)[None, None], 0)
-    return jax.lax.cummax(index, axis=2).reshape(-1)
+    steps = jnp.arange(plan.blocks * plan.heads, dtype=jnp.int32)[None]
+    found = jnp.where(jnp.swapaxes(found, 1, 2).reshape(live.shape[0], -1), steps, 0)
+    return jax.lax.cummax(found, axis=1).reshape(-1)
 
 
 def _by_group(queries, plan: _Plan):
@@ -220,18 +254,36 @@ def _by_group(queries, plan: _Plan):
     return split.reshape(*padded.shape[:2], -1, plan.channels)
 
 
-def _specs(form: _Form, arrays, plan: _Plan, at) -> list[pl.BlockSpec]:
-    """Block by block: the codes, the scale, the zero."""
-    if not form.slots_minor:
-        return [pl.BlockSpec((1, 1, plan.block, plan.channels), lambda b, p, j, near: (b, p, at(b, p, j, near), 0))]
-    of_slots = lambda rows: pl.BlockSpec((1, 1, rows, plan.block), lambda b, p, j, near: (b, p, 0, at(b, p, j, near)))
-    if form.granule == 1:
-        return [of_slots(x.shape[2]) for x in arrays]
-    width, step = _columns(form, plan), plan.block // form.granule
-    shared = pl.BlockSpec(
-        (1, 1, plan.channels, width), lambda b, p, j, near: (b, p, 0, at(b, p, j, near) * step // width)
-    )
-    return [of_slots(arrays[0].shape[2]), *[shared] * (len(arrays) - 1)]
+def _arranged(form: _Form, arrays, plan: _Plan) -> list[tuple[Any, pl.BlockSpec]]:
+    """The codes, the scale, the zero as the kernel takes them, which is how XLA lays them out, so that nothing moves: it
+    chooses the order of axes that pads least."""
+    codes, *factors = arrays
+    if form.granule > 1:
+        width, step = _columns(form, plan), plan.block // form.granule
+        column = lambda b, j, p, near: plan.at(b, j, p, near)[1] * step // width
+        row = lambda b, j, p, near: plan.at(b, j, p, near)[0]
+        if form.swapped:
+            spec = pl.BlockSpec((1, 1, width, plan.channels), lambda *at: (at[0], row(*at), column(*at), 0))
+            factors = [jnp.swapaxes(x, 2, 3) for x in factors]
+        else:
+            spec = pl.BlockSpec((1, 1, plan.channels, width), lambda *at: (at[0], row(*at), 0, column(*at)))
+        taken = [(x, spec) for x in factors]
+    elif form.groups == 1:
+        taken = [(x[:, :, 0], plan.of_all_rows()) for x in factors]
+    else:
+        taken = [(x, plan.of_slots(form.groups)) for x in factors]
+    if form.slots_minor:
+        return [(codes, plan.of_slots(codes.shape[2])), *taken]
+    if form.swapped:
+        return [(jnp.swapaxes(codes, 2, 3), plan.of_slots(plan.channels)), *taken]
+    of = lambda b, j, p, near: (b, *plan.at(b, j, p, near), 0)
+    return [(codes, pl.BlockSpec((1, 1, plan.block, plan.channels), of)), *taken]
+
+
+def _pads_less(rows: int, columns: int) -> bool:
+    """Whether [columns, rows] takes less memory on TPU than [rows, columns]."""
+    padded = lambda rows, columns: -(-rows // SUBLANES) * SUBLANES * (-(-columns // LANES) * LANES)
+    return padded(columns, rows) < padded(rows, columns)
 
 
 def _columns(form: _Form, plan: _Plan) -> int:
@@ -240,42 +292,54 @@ def _columns(form: _Form, plan: _Plan) -> int:
 
 
 def _kernel(*refs, plan: _Plan):
-    """One block of slots of one row. Blocks of refs, their leading axes 1:
+    """One block of slots of one block row. Shapes of the refs without leading ones:
 
-    Prefetch: live blocks [B * P * blocks] int32. Inputs: queries [groups * rows, H], live [1, s] int8, bias [rows, s] if
-    any, keys, values (codes, scale, zero). Outputs: out [G, H], lse [G, 1], logits [rows, s] if asked for. Scratch: maximum
-    and sum of weights [rows, 128], weighted sum [rows, H], all float32.
+    Prefetch: nearest live steps [B * blocks * P] int32. Inputs: queries [P, groups * rows, H], live [P, s] int8, bias
+    [rows, s] if any, keys, values (codes, scale, zero). Outputs: out [P, G, H], lse [P, G, 1], logits [rows, s] if asked for.
+    Scratch, all float32: maximum and sum of weights [P, rows, 128], weighted sum [P, rows, H]; live and then each factor that
+    is one number per slot, [P, s].
     """
     refs = iter(refs)
     near, queries, live = next(refs), next(refs), next(refs)
     bias = next(refs) if plan.biased else None
-    stored = [[next(refs) for _ in range(1 + (form.groups > 0) + form.zero)] for form in (plan.keys, plan.values)]
+    keys, values = ([next(refs) for _ in range(1 + (f.groups > 0) + f.zero)] for f in (plan.keys, plan.values))
     out, lse, logits = next(refs), next(refs), next(refs) if plan.scores else None
-    top, total, mean = refs
-    row, block = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(2)
+    top, total, mean, seen, *vectors = refs
+    row, block = pl.program_id(2), pl.program_id(1)
+    step, first = block * plan.heads + row, pl.program_id(0) * plan.blocks * plan.heads
+    per_slot = [*(keys[1:] if plan.keys.vectors else []), *(values[1:] if plan.values.vectors else [])]
 
     @pl.when(block == 0)
     def _():
-        top[...] = jnp.full_like(top, NEGATIVE)
-        total[...] = jnp.zeros_like(total)
-        mean[...] = jnp.zeros_like(mean)
+        top[row] = jnp.full(top.shape[1:], NEGATIVE, jnp.float32)
+        total[row] = jnp.zeros(total.shape[1:], jnp.float32)
+        mean[row] = jnp.zeros(mean.shape[1:], jnp.float32)
 
-    here = near[row * plan.blocks + block] == block
+    @pl.when((row == 0) & (near[first + step + plan.heads - 1] >= step))
+    def _():  # one row of a packed array cannot be taken by a number that is not fixed; one of float32 can
+        seen[...] = live[0].astype(jnp.float32)
+        for stored, wide in zip(per_slot, vectors, strict=True):
+            wide[...] = _from_bits(stored[0])
+
+    here = near[first + step] == step
 
     @pl.when(here)
     def _():
-        seen = live[0, 0].astype(jnp.int32) != 0
-        x = softcapped(_logits(queries[0, 0], stored[0], bias, block, plan), plan.softcap)
-        x = jnp.where(seen, x, NEGATIVE)
+        mine = [wide[pl.ds(row, 1), :] for wide in vectors]
+        factors = mine[: plan.keys.vectors] or keys[1:], mine[plan.keys.vectors :] or values[1:]
+        see = seen[pl.ds(row, 1), :] > 0
+        x = softcapped(_logits(queries[0, row], keys[0], factors[0], bias, block, plan), plan.softcap)
+        x = jnp.where(see, x, NEGATIVE)
         if plan.scores:
             logits[0, 0] = x
-        before = top[:, :1]
+        before = top[row][:, :1]
         after = jnp.maximum(before, x.max(axis=1, keepdims=True))
         fade = jnp.exp(before - after)
-        weights = jnp.where(seen, jnp.exp(x - after), 0.0)  # the second mask is for rows that have seen nothing yet
-        total[...] = jnp.broadcast_to(fade * total[:, :1] + weights.sum(axis=1, keepdims=True), total.shape)
-        top[...] = jnp.broadcast_to(after, top.shape)
-        mean[...] = mean[...] * fade + _weighted(weights, stored[1], plan)
+        weights = jnp.where(see, jnp.exp(x - after), 0.0)  # the second mask is for rows that have seen nothing yet
+        sums = fade * total[row][:, :1] + weights.sum(axis=1, keepdims=True)
+        total[row] = jnp.broadcast_to(sums, total.shape[1:])
+        top[row] = jnp.broadcast_to(after, top.shape[1:])
+        mean[row] = mean[row] * fade + _weighted(weights, values[0], factors[1], plan)
 
     if plan.scores:
 
@@ -285,62 +349,63 @@ def _kernel(*refs, plan: _Plan):
 
     @pl.when(block == plan.blocks - 1)
     def _():
-        sums = total[: plan.group, :1]
+        sums = total[row][: plan.group, :1]
         any_seen = sums > 0
         safe = jnp.where(any_seen, sums, 1.0)
-        out[0, 0] = jnp.where(any_seen, mean[: plan.group] / safe, 0.0)
-        lse[0, 0] = jnp.where(any_seen, top[: plan.group, :1] + jnp.log(safe), NEGATIVE)
+        out[0, row] = jnp.where(any_seen, mean[row][: plan.group] / safe, 0.0)
+        lse[0, row] = jnp.where(any_seen, top[row][: plan.group, :1] + jnp.log(safe), NEGATIVE)
 
 
-def _logits(queries, stored, bias, block, plan: _Plan):
-    """queries [groups * rows, H] against one block -> [rows, s] float32, scaled, biased."""
+def _logits(queries, codes, factors, bias, block, plan: _Plan):
+    """queries [groups * rows, H] against one block -> [rows, s] float32, scaled, biased. factors: refs, or [1, s] float32."""
     form = plan.keys
-    levels = _levels(stored[0], form, plan)
-    factors = stored[1:]
+    levels = _levels(codes, form, plan)
     if form.granule > 1:
-        ours = _shared_columns(block, plan)
-        levels = (levels.astype(jnp.float32) * _dot(_columns_of(factors[0], block, plan), ours)).astype(form.dtype)
-        x = _dot(queries, levels)
-        zeros = _dot(queries.astype(jnp.float32), _columns_of(factors[1], block, plan).astype(jnp.float32))
-        x = x + _dot(zeros, ours.astype(jnp.float32))
+        x = _by_column(queries, levels, factors, block, plan)
     else:
         x = _dot(queries, levels)
         if form.groups:
             sums = queries.astype(jnp.float32).sum(axis=1, keepdims=True)
-            scales = _from_bits(factors[0][0, 0])
-            zeros = _from_bits(factors[1][0, 0]) if form.zero else None
-            total = 0.0
+            scales, zeros = _rows_of(factors, form)
+            parts = []
             for group in range(form.groups):
                 mine = slice(group * plan.rows, (group + 1) * plan.rows)
-                total = total + x[mine] * scales[group : group + 1]
-                if form.zero:
-                    total = total + sums[mine] * zeros[group : group + 1]
-            x = total
+                part = x[mine] * scales[group]
+                parts.append(part + sums[mine] * zeros[group] if form.zero else part)
+            x = functools.reduce(operator.add, parts)
     x = x * plan.scale
     return x if bias is None else x + bias[0, 0]
 
 
-def _weighted(weights, stored, plan: _Plan):
+def _rows_of(factors, form: _Form):
+    """Scales and zeros (or None), a [1, s] float32 for each group."""
+    if form.vectors:
+        return [factors[0]], [factors[1]] if form.zero else None
+    wide = [_from_bits(x[0, 0]) for x in factors]
+    rows = [[x[group : group + 1] for group in range(form.groups)] for x in wide]
+    return rows[0], rows[1] if form.zero else None
+
+
+def _weighted(weights, codes, factors, plan: _Plan):
     """weights [rows, s] float32 times one block of values -> [rows, H] float32."""
     form = plan.values
-    levels = _levels(stored[0], form, plan)
-    axis = 1 if form.slots_minor else 0
+    levels = _levels(codes, form, plan)
+    axis = 1 if form.slots_minor or form.swapped else 0
     if not form.groups:
         return _dot(weights.astype(form.dtype), levels, axis)
-    scales = _from_bits(stored[1][0, 0])
-    parts = [weights * scales[group : group + 1] for group in range(form.groups)]
-    x = _dot(jnp.concatenate(parts, axis=0).astype(form.dtype), levels, axis)
-    zeros = _from_bits(stored[2][0, 0]) if form.zero else None
-    total = 0.0
+    scales, zeros = _rows_of(factors, form)
+    scaled = [weights * scale for scale in scales]
+    x = _dot((scaled[0] if form.groups == 1 else jnp.concatenate(scaled, axis=0)).astype(form.dtype), levels, axis)
+    parts = []
     for group in range(form.groups):
         own = x[group * plan.rows : (group + 1) * plan.rows]
         if form.zero:
-            own = own + (weights * zeros[group : group + 1]).sum(axis=1, keepdims=True)
+            own = own + (weights * zeros[group]).sum(axis=1, keepdims=True)
         if form.groups > 1:
             channel = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
             own = jnp.where(channel // (plan.channels // form.groups) == group, own, 0.0)
-        total = total + own
-    return total
+        parts.append(own)
+    return functools.reduce(operator.add, parts)
 
 
 def _dot(x, y, axis: int = 0):
@@ -385,20 +450,29 @@ def _single_bits(x):
     return (wide >> (jax.lax.broadcasted_iota(jnp.int32, wide.shape, 0) % 8)) & 1
 
 
-def _shared_columns(block, plan: _Plan):
-    """[n, s] bfloat16: 1 where a slot of this block takes its factors from a column."""
+def _by_column(queries, levels, factors, block, plan: _Plan):
+    """queries [rows, H] times levels [H, s] whose factors are those of a channel and a column of adjacent slots.
+
+    A matrix of ones and zeros, [n, s], spreads the columns over their slots, exactly.
+    """
     form, width = plan.keys, _columns(plan.keys, plan)
-    shape = (width, plan.block)
-    first = block * (plan.block // form.granule) % width
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - first
-    return (column == jax.lax.broadcasted_iota(jnp.int32, shape, 1) // form.granule).astype(jnp.bfloat16)
+    shape, step = (width, plan.block), plan.block // form.granule
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - block * step % width
+    ours = (column == jax.lax.broadcasted_iota(jnp.int32, shape, 1) // form.granule).astype(jnp.bfloat16)
+    scale, zero = (_columns_of(x, block, plan) for x in factors)
+    axis = 0 if form.swapped else 1
+    wide = jax.lax.dot_general(scale, ours, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    x = _dot(queries, (levels.astype(jnp.float32) * wide).astype(form.dtype))
+    shifts = _dot(queries.astype(jnp.float32), zero.astype(jnp.float32), 1 - axis)
+    return x + _dot(shifts, ours.astype(jnp.float32))
 
 
 def _columns_of(ref, block, plan: _Plan):
-    """Factors [H, n] bfloat16 of the columns at hand; those past the end are 0."""
+    """Factors [H, n] bfloat16, or [n, H], of the columns at hand; those past the end are 0."""
     form, width = plan.keys, _columns(plan.keys, plan)
     x, count = _from_bits(ref[0, 0]), plan.slots // form.granule
     if count % width:
         first = block * (plan.block // form.granule) // width * width
-        x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) + first < count, x, 0.0)
+        number = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0 if form.swapped else 1)
+        x = jnp.where(number + first < count, x, 0.0)
     return x.astype(jnp.bfloat16)
