@@ -84,8 +84,9 @@ def test_every_pair_occurs():
             wanted |= pairs_of(axes)
     seen = set().union(*(pairs_of(axes_of(case, tier)) for case in CASES.values() for tier in case.tiers))
     assert wanted <= seen
-    for case, tier in [(case, tier) for case in CASES.values() for tier in case.tiers]:
-        assert possible(case.group, case.channels, case.batch, tier.slots, tier.scheme)
+    for case in CASES.values():
+        for tier in case.tiers:
+            assert possible(case.group, case.channels, case.batch, tier.slots, tier.scheme)
 
 
 SCHEMES = AXES["scheme"]
@@ -260,13 +261,23 @@ def groups_of_four(monkeypatch):
 
 @pytest.mark.parametrize("name", ["h2o", "recency"])
 def test_the_kernel_is_in_the_program(name):
-    """Two layers, each one kernel, with logits for a policy that wants probabilities."""
+    """By name, and where the platform chooses only for TPU; logits leave it for a policy that wants probabilities."""
     policy = small(name)
     state = jax.eval_shape(lambda: new_state(policy, make_case(0).limits))
     token = jax.ShapeDtypeStruct((cache_harness.B,), jnp.int32)
     valid = jax.ShapeDtypeStruct((cache_harness.B,), bool)
-    for config, kernels in ((KERNEL, 2), (MIXED, 0)):
-        step = functools.partial(decode, config=config)
-        text = str(jax.make_jaxpr(lambda p, t, s, v, step=step: step(p, t, s, valid=v))(PARAMS, token, state, valid))
-        assert (text.count("pallas_call[") > 0) == (kernels > 0)
+
+    def traced(kernels):
+        config = dataclasses.replace(MIXED, kernels=kernels)
+        step = lambda params, token, state, valid: decode(params, token, state, config=config, valid=valid)
+        return str(jax.make_jaxpr(step)(PARAMS, token, state, valid))
+
+    text = traced("interpret")
+    assert text.count("pallas_call[") == text.count("interpret=True") > 0 and "platform_index" not in text
+    assert (f"f32[{cache_harness.B},2,2,{cache_harness.SLOTS}] = pallas_call" in " ".join(text.split())) == (
+        name == "h2o"
+    )
+    text = traced(None)
+    assert text.count("pallas_call[") == text.count("interpret=False") > 0 and "platform_index" in text
+    assert "pallas_call[" not in traced("xla")
     assert policy.needs_attention == (name == "h2o")

@@ -1,6 +1,6 @@
 """Compiles cases for TPU on a machine without one, in processes of their own: some failures of its compiler end the process.
 
-    found = compile_for_tpu([("decode_programs:with_scores", "00-G3-..."), ...])
+    found = compile_for_tpu([("decode_programs:with_scores", "00-G3-...", "v5e:2x2"), ...])
     found["decode_programs:with_scores", "00-G3-...", "v5e:2x2"].error
 
 Each function takes its case and returns a `Program`. Cases go through one process, which loads the compiler once; if that
@@ -56,10 +56,9 @@ class Compiled:
     peak: int = 0
 
 
-def compile_for_tpu(cases, topologies=TOPOLOGIES, timeout: float = 900) -> dict[tuple[str, str, str], Compiled]:
-    """cases: ("module:function", case) pairs, both strings. Returns: (function, case, topology) -> Compiled."""
-    left = [[target, case, topology] for topology in topologies for target, case in cases]
-    found = {}
+def compile_for_tpu(jobs, timeout: float = 1800) -> dict[tuple[str, str, str], Compiled]:
+    """jobs: ("module:function", case, topology), all strings. Returns: what became of each."""
+    left, found = [list(job) for job in jobs], {}
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     while left:
         done = subprocess.run(

@@ -315,7 +315,9 @@ def _kernel(*refs, plan: _Plan):
         total[row] = jnp.zeros(total.shape[1:], jnp.float32)
         mean[row] = jnp.zeros(mean.shape[1:], jnp.float32)
 
-    @pl.when((row == 0) & (near[first + step + plan.heads - 1] >= step))
+    last = (block + 1) * plan.heads - 1  # of the steps of these slots
+
+    @pl.when((row == 0) & (near[first + last] >= step))
     def _():  # one row of a packed array cannot be taken by a number that is not fixed; one of float32 can
         seen[...] = live[0].astype(jnp.float32)
         for stored, wide in zip(per_slot, vectors, strict=True):
