@@ -5,7 +5,7 @@ Nothing but the kernels may read what tiers store: no copy, no conversion, no de
 
 import pytest
 from decode_cases import CASES
-from tpu_compile import TOPOLOGIES, compile_for_tpu, stored_reads
+from tpu_compile import TOPOLOGIES, compile_for_tpu, need_compiler, stored_reads
 
 SCORES, NONE, XLA = (f"decode_programs:{name}" for name in ("with_scores", "without_scores", "in_xla"))
 TURNS = [(name, TOPOLOGIES[number % len(TOPOLOGIES)]) for number, name in enumerate(CASES)]  # one chip for each case
@@ -23,7 +23,7 @@ def check(found):
 
 def test_every_case_compiles():
     """Each for one chip; and by XLA, which does read what is stored, and is seen to."""
-    pytest.importorskip("libtpu")
+    need_compiler()
     found = compile_for_tpu([CONTROL, *((SCORES, name, chip) for name, chip in TURNS)])
     control = found.pop(CONTROL)
     assert control.error is None and control.kernels == 0 and control.read
@@ -32,7 +32,7 @@ def test_every_case_compiles():
 
 @pytest.mark.slow
 def test_every_case_compiles_for_every_chip():
-    pytest.importorskip("libtpu")
+    need_compiler()
     turns = set(TURNS)
     left = [(SCORES, name, chip) for name in CASES for chip in TOPOLOGIES if (name, chip) not in turns]
     check(compile_for_tpu([*left, *((NONE, name, chip) for name, chip in TURNS)]))

@@ -9,6 +9,7 @@ dies, the case at hand failed and another process takes the rest.
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,6 +18,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
 ENVIRONMENT = {
@@ -54,6 +57,13 @@ class Compiled:
     results: int = 0
     alias: int = 0
     peak: int = 0
+
+
+def need_compiler() -> None:
+    """Skips the test where TPU's compiler is not installed; continuous integration fails it."""
+    if importlib.util.find_spec("libtpu") is None:
+        why = "needs libtpu, the compiler of TPU: pip install 'libtpu>=0.0.42,<0.0.53'"
+        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
 
 
 def compile_for_tpu(jobs, timeout: float = 1800) -> dict[tuple[str, str, str], Compiled]:

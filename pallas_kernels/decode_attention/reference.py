@@ -1,5 +1,7 @@
 """Decode attention in float64 numpy: one head after another, over the slots that are live."""
 
+import math
+
 import numpy as np
 
 from pallas_kernels.decode_attention.packed import Packed
@@ -79,3 +81,16 @@ def _levels(packed: Packed, channels):
             one = [x + 4 * field(codes[:, :, channels // 4 :], 1, h) for h, x in enumerate(one)]
         codes = np.stack(one, axis=2)
     return np.asarray(packed.level(codes), np.float64)
+
+
+def logit(query, key, scale, softcap):
+    """scale * q·k of one query and one key, capped."""
+    x = float(query @ key) * scale
+    return x if softcap is None else softcap * math.tanh(x / softcap)
+
+
+def softmax(seen):
+    """[(number, slot, logit)] -> [(number, slot, probability)]; nothing seen, nothing given."""
+    top = max((x for _, _, x in seen), default=0.0)
+    total = sum(math.exp(x - top) for _, _, x in seen)
+    return [(number, slot, math.exp(x - top) / total) for number, slot, x in seen]
