@@ -88,6 +88,9 @@ class DecoderConfig:
     embedding_scale: what token embeddings are multiplied by, sqrt(hidden_size) for Gemma, 1.0 elsewhere.
     sandwich_norms: Gemma's norms after attention and after the MLP, beside those before.
     attention: a row of the table of attention variants (`jaxkv.attention`).
+    kernels: which implementation of the attention operations reads the cache, by name ("xla", "tpu", "interpret"; those of
+      `pallas_kernels.decode_attention.IMPLEMENTATIONS`); None lets the platform choose. No property of the model: files of
+      checkpoints neither hold nor set it.
     """
 
     model_type: str
@@ -113,6 +116,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     attention: str = "gqa"
+    kernels: str | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):

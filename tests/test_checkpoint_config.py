@@ -35,6 +35,14 @@ def test_old_and_new_style_give_one_configuration(case):
     assert parse_config(json.loads(json.dumps(written))) == config
 
 
+def test_the_choice_of_kernels_is_not_the_models():
+    config = parse_config(golden_config(CASES[0]))
+    written = config_to_json(dataclasses.replace(config, kernels="interpret"), dtype="float32")
+    assert config.kernels is None and written == config_to_json(config, dtype="float32")
+    with pytest.raises(CheckpointError, match="'kernels'"):
+        parse_config(written | {"kernels": "interpret"})
+
+
 def test_gemma3_by_hand():
     config = read_config(GOLDENS / "gemma3")
     local = RopeConfig(kind="default", theta=1e4, rotary_dim=16)

@@ -42,3 +42,6 @@ HIDDEN_BF16_MODEL = 0.2  # bfloat16 model: about 20 roundings in a row on hidden
 ENTRIES_BF16_MODEL = 0.1  # keys and values that such a model leaves, half of those roundings; seen 0.04
 # Of rows that attention decided otherwise while decoding; seen: 2 in 8 under scissorhands' yes-or-no counts, else 1 at most
 UNDECIDED_BF16_SHARE = {"float32": 0.0, "bfloat16": 0.25}
+# Decode attention over stored values of size 1 to 4, by dtype of the queries; its mistakes move outputs by 0.1 and more
+DECODE = {"float32": 1e-5, "bfloat16": 2e-2}  # seen 3e-6 and 1.8e-2, of which the output's own rounding is 8e-3
+DECODE_SHARES = {"float32": 5e-6, "bfloat16": 5e-3}  # of the probabilities; seen 1e-6 and 3.4e-3

@@ -14,6 +14,7 @@ from jaxkv.rope import angles, rotate
 from jaxkv.types import Array, Entries, LayerState, Newcomers, Rotary, Rows, Tier
 from pallas_kernels.decode_attention import Source, decode_attention
 from pallas_kernels.decode_attention.owners import of_head, sum_by_head, to_rows, turns
+from pallas_kernels.extend_attention import IMPLEMENTATIONS as EXTEND_IMPLEMENTATIONS
 from pallas_kernels.extend_attention import TierSource, extend_attention
 
 
@@ -129,6 +130,7 @@ def attend_extend(
         softcap=config.attention_softcap,
         row_statistic=row_statistic if watch else None,
         merge=policy.merge,
+        implementation=config.kernels if config.kernels in EXTEND_IMPLEMENTATIONS else None,
     )
     heads = jnp.moveaxis(out, 3, 1).reshape(batch, length, -1, size)
     new = New(
@@ -157,9 +159,16 @@ def attend_decode(
         sources.append(source)
     valid = jnp.broadcast_to(context.valid[:, None, :], keys.shape[:3])
     sources.append(Source(grouped[0], jnp.swapaxes(keys, 2, 3), values, valid))
-    out, probabilities = decode_attention(tuple(sources), scale=config.query_scale, softcap=config.attention_softcap)
+    watch = bool(layer.tiers) and layer.policy.needs_attention
+    out, probabilities = decode_attention(
+        tuple(sources),
+        scale=config.query_scale,
+        softcap=config.attention_softcap,
+        scores=watch,
+        implementation=config.kernels,
+    )
     statistics = None
-    if layer.tiers and layer.policy.needs_attention:
+    if watch:
         seen = [source.live & context.valid[:, :, None] for source in sources]
         heads = config.num_kv_heads
         live = sum(

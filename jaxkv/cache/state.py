@@ -8,7 +8,6 @@ from jaxkv.config import DecoderConfig
 from jaxkv.policies import Full
 from jaxkv.quantization import get_scheme
 from jaxkv.quantization.balance import factor_of
-from jaxkv.quantization.base import from_bits
 from jaxkv.rope import make_rotary
 from jaxkv.types import Array, Encoded, LayerSpec, LayerState, Newcomers, Rotary, State, Tier, TierSpec
 from pallas_kernels.decode_attention import Packed
@@ -222,7 +221,7 @@ def _packed(encoded: Encoded, name: str, slots_minor: bool) -> Array | Packed:
     scheme = get_scheme(name)
     if scheme.level is None:
         return encoded.codes
-    scale, zero = (*map(from_bits, encoded.factors), None, None)[:2]
+    scale, zero = (*encoded.factors, None, None)[:2]
     return Packed(encoded.codes, int(scheme.bits), scheme.level, scale, zero, slots_minor, scheme.granule)
 
 

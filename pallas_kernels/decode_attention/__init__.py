@@ -3,18 +3,31 @@
 out = sum over sources s of  p_s V_s,     p = softmax over the live slots of all sources of  scale * q_s K_s
 """
 
-from pallas_kernels.decode_attention import xla
+import functools
+
+from pallas_kernels.decode_attention import tpu, xla
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, call, takes_all
 
 __all__ = ["IMPLEMENTATIONS", "Packed", "Source", "decode_attention"]
 
-IMPLEMENTATIONS = {"xla": Implementation(xla.decode_attention, takes_all)}
+IMPLEMENTATIONS = {
+    "tpu": Implementation(tpu.decode_attention, tpu.why_not, platform="tpu"),
+    "interpret": Implementation(
+        functools.partial(tpu.decode_attention, interpret=True), tpu.why_not, by_name_only=True
+    ),
+    "xla": Implementation(xla.decode_attention, takes_all),
+}
 
 
 def decode_attention(
-    sources: tuple[Source, ...], *, scale: float, softcap: float | None, implementation: str | None = None
+    sources: tuple[Source, ...],
+    *,
+    scale: float,
+    softcap: float | None,
+    scores: bool = True,
+    implementation: str | None = None,
 ):
     """Exact attention of one query per head over the union of `sources`.
 
@@ -23,7 +36,12 @@ def decode_attention(
         source when a tier's positions are shifted or its keys are stored in another basis. Dead slots may hold NaN keys
         and any finite values.
       scale: multiplies the logits. softcap: logits become softcap * tanh(logits / softcap), or None.
-    Returns: out [B, K, G, H] in the queries' dtype; probabilities, one [B, P, G, S] float32 per source. A row without a
-      live slot gives zeros.
+      scores: whether probabilities are wanted.
+      implementation: "xla", "tpu", "interpret" (the TPU kernel as ordinary operations, slow); None: see `dispatch`.
+    Returns: out [B, K, G, H] in the queries' dtype; probabilities, one [B, P, G, S] float32 per source, or None. A row
+      without a live slot gives zeros.
+    Raises: NotImplementedError if the named implementation cannot take these sources.
     """
-    return call("decode_attention", IMPLEMENTATIONS, implementation, sources, scale=scale, softcap=softcap)
+    return call(
+        "decode_attention", IMPLEMENTATIONS, implementation, sources, scale=scale, softcap=softcap, scores=scores
+    )

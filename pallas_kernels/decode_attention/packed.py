@@ -23,9 +23,10 @@ TERMS = 16  # written-out terms of one sum: more save little memory traffic and 
 class Packed(NamedTuple):
     """Codes of keys, [B, P, H', S], or of values, the same or (`slots_minor` False, 16 bits) [B, P, S, H].
 
-    bits: of a code; 3 bits are a plane of 2 and a plane of 1. level: codes -> float32. scale, zero: [B, P, groups, S]
-    float32 with H / groups adjacent channels each, or None for 1 and 0. granule: above 1, they are those of one channel of
-    so many adjacent slots of keys, [B, P, H, S / granule].
+    bits: of a code; 3 bits are a plane of 2 and a plane of 1, 16 are those of bfloat16. level: codes -> float32. scale,
+    zero: [B, P, groups, S] with H / groups adjacent channels each, or None for 1 and 0; bfloat16 bits in uint16 as they are
+    stored, or float32. granule: above 1, they are those of one channel of so many adjacent slots of keys, [B, P, H, S /
+    granule].
     """
 
     codes: Any
@@ -37,9 +38,16 @@ class Packed(NamedTuple):
     granule: int = 1
 
 
+def wide_factors(packed: Packed) -> Packed:
+    """The same with float32 factors."""
+    widen = lambda x: x if x is None or x.dtype != jnp.uint16 else jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    wide = lambda x: None if x is None else widen(x).astype(jnp.float32)
+    return packed._replace(scale=wide(packed.scale), zero=wide(packed.zero))
+
+
 def logits(queries, keys: Packed):
     """queries [B, P, G, H] float32 times keys -> [B, P, G, S] float32."""
-    channels = queries.shape[-1]
+    keys, channels = wide_factors(keys), queries.shape[-1]
     if keys.granule > 1:
         zeros = jnp.einsum("bpgh,bphn->bpgn", queries, keys.zero)
         return _dot(queries, keys, range(channels)) + jnp.repeat(zeros, keys.granule, axis=-1)
@@ -58,6 +66,7 @@ def logits(queries, keys: Packed):
 
 def weighted(weights, values: Packed, channels: int):
     """weights [B, P, G, S] float32 times values -> [B, P, G, H] float32."""
+    values = wide_factors(values)
     if values.scale is None:
         return _mean(weights, values, range(channels), channels)
     size, out = channels // values.scale.shape[2], []

@@ -57,19 +57,21 @@ def product(spec, queries, keys):
     return jnp.einsum(spec, queries.astype(dtype), keys.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def decode_attention(sources, *, scale, softcap):
+def decode_attention(sources, *, scale, softcap, scores=True):
     logits = [
-        jnp.where(s.live[:, :, None], softcapped(_logits(s.queries * scale, s.keys), softcap), NEGATIVE)
+        jnp.where(s.live[:, :, None], softcapped(_logits(s.queries * scale, s.keys, s.bias), softcap), NEGATIVE)
         for s in sources
     ]
     weights, inverse = shares(logits, [s.owner for s in sources])
-    out = mix("bpgs,bpsh->bpgh", weights, sources, inverse)
-    return out.astype(sources[-1].queries.dtype), tuple(
-        w * to_rows(inverse, s.owner) for w, s in zip(weights, sources, strict=True)
-    )
+    out = mix("bpgs,bpsh->bpgh", weights, sources, inverse).astype(sources[-1].queries.dtype)
+    if not scores:
+        return out, None
+    return out, tuple(w * to_rows(inverse, s.owner) for w, s in zip(weights, sources, strict=True))
 
 
-def _logits(queries, keys):
+def _logits(queries, keys, bias):
     if isinstance(keys, packed.Packed):
-        return packed.logits(queries.astype(jnp.float32), keys)
-    return product("bpgh,bphs->bpgs", queries, keys)
+        x = packed.logits(queries.astype(jnp.float32), keys)
+    else:
+        x = product("bpgh,bphs->bpgs", queries, keys)
+    return x if bias is None else x + bias
