@@ -35,3 +35,16 @@ def smollm2():
         if os.environ.get("CI"):
             pytest.fail(str(error))
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def hopper_python():
+    """An interpreter with XLA's compiler for NVIDIA GPUs, for `hopper_compile`. Without one, the test is skipped; continuous
+    integration fails it."""
+    path = os.environ.get("JAXKV_HOPPER_PYTHON")
+    if path and os.path.exists(path):
+        return path
+    reason = f"no interpreter with the GPU compiler at JAXKV_HOPPER_PYTHON={path}: `make slow` installs it"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)

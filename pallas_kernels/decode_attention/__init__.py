@@ -5,7 +5,7 @@ out = sum over sources s of  p_s V_s,     p = softmax over the live slots of all
 
 import functools
 
-from pallas_kernels.decode_attention import tpu, xla
+from pallas_kernels.decode_attention import gpu, tpu, xla
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, call, takes_all
@@ -14,6 +14,7 @@ __all__ = ["IMPLEMENTATIONS", "Packed", "Source", "decode_attention"]
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.decode_attention, tpu.why_not, platform="tpu"),
+    "gpu": Implementation(gpu.decode_attention, gpu.why_not, platform="cuda"),
     "interpret": Implementation(
         functools.partial(tpu.decode_attention, interpret=True), tpu.why_not, by_name_only=True
     ),

@@ -1,0 +1,65 @@
+"""What `hopper_compile` compiles, by name."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache.state import empty_tier, packed_keys, packed_values
+from jaxkv.policies import make_policy
+from jaxkv.quantization import get_scheme
+from jaxkv.types import TierSpec
+from pallas_kernels.decode_attention import Source, decode_attention
+
+BATCH, HEADS, SLOTS = 2, 4, 1024
+
+
+def program(case: str):
+    """Returns: function, arguments as shapes, which are donated, bytes of an array as large as what is stored."""
+    kind, _, words = case.partition(":")
+    return {"decode": decode, "loop": loop}[kind](*words.split(","))
+
+
+def _tier(scheme, channels):
+    spec, limit = TierSpec(slots=SLOTS, scheme=tuple(scheme)), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    make = functools.partial(empty_tier, make_policy("recency"), spec, shape=(BATCH, HEADS, channels))
+    return jax.eval_shape(make, limit)
+
+
+def _attend(q, tier, new, *, softcap, scores):
+    turned = get_scheme(tier.scheme[0]).into_basis(q).astype(q.dtype)
+    finish = get_scheme(tier.scheme[1]).out_of_basis
+    stored = Source(turned, packed_keys(tier), packed_values(tier), tier.positions >= 0, finish)
+    own = Source(q, jnp.swapaxes(new, 2, 3), new, jnp.ones(new.shape[:3], bool))
+    return decode_attention((stored, own), scale=0.1, softcap=softcap, scores=scores)
+
+
+def decode(keys, values, channels, dtype, group, softcap=None):
+    """A tier and a new token."""
+    channels, dtype, tier = int(channels), jnp.dtype(dtype), _tier((keys, values), int(channels))
+    q = jax.ShapeDtypeStruct((BATCH, HEADS, int(group), channels), dtype)
+    new = jax.ShapeDtypeStruct((BATCH, HEADS, 1, channels), dtype)
+    run = functools.partial(_attend, softcap=softcap and float(softcap), scores=True)
+    stored = min(x.codes.size * x.codes.dtype.itemsize for x in (tier.keys, tier.values))
+    return run, (q, tier, new), (), stored
+
+
+def loop(keys, values, channels, dtype, group):
+    """Steps of decoding that attend to a tier and write a column of codes into it; the tier is donated."""
+    _, (q, tier, new), _, stored = decode(keys, values, channels, dtype, group)
+
+    def steps(q, tier, new):
+        def one(carry):
+            step, q, keys, values, positions = carry
+            held = tier_of(keys, values, positions)
+            out, _ = _attend(q, held, new, softcap=None, scores=False)
+            columns = lambda x: jax.tree.map(lambda y: y.at[..., step].set(jnp.ones((), y.dtype)), x)
+            return step + 1, out, columns(keys), columns(values), positions.at[..., step].set(step)
+
+        tier_of = lambda k, v, p: dataclasses.replace(tier, keys=k, values=v, positions=p)
+        start = jnp.zeros((), jnp.int32), q, tier.keys, tier.values, tier.positions
+        _, q, *parts = jax.lax.while_loop(lambda carry: carry[0] < 16, one, start)
+        return q, tier_of(*parts)
+
+    return steps, (q, tier, new), (1,), stored
