@@ -88,6 +88,7 @@ class DecoderConfig:
     embedding_scale: what token embeddings are multiplied by, sqrt(hidden_size) for Gemma, 1.0 elsewhere.
     sandwich_norms: Gemma's norms after attention and after the MLP, beside those before.
     attention: a row of the table of attention variants (`jaxkv.attention`).
+    tensor_axis: of the mesh, if this is one shard of a model (`jaxkv.sharding`); not part of what the model is.
     """
 
     model_type: str
@@ -113,6 +114,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     attention: str = "gqa"
+    tensor_axis: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
