@@ -26,7 +26,9 @@ from jaxkv.cache.budgets import plan as plan_cache
 from jaxkv.config import DecoderConfig
 from jaxkv.sharding import DATA, TENSOR, ShardingError, param_specs, shard_config, state_specs
 
-MANY = 4  # kinds of layers that are compiled one by one; of more, the largest per kind of attention stand for the others
+MANY = (
+    4  # kinds of layers that are compiled one by one; of more, the largest per kind of attention stand for the others
+)
 MOST_ROWS = 2**20  # of a batch, looked for
 
 
