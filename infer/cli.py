@@ -1,4 +1,4 @@
-"""The `jaxkv` command: generate, chat, evaluate, info."""
+"""The `jaxkv` command: generate, chat, evaluate, info, plan."""
 
 import argparse
 import contextlib
@@ -103,6 +103,7 @@ def _whole(least: int):
 
 
 def _parser():
+    from infer import plan_command
     from infer.texts import TEXTS
 
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -159,6 +160,7 @@ def _parser():
     )
     sub = command("info", _info, "what a model is and what its cache costs")
     sub.add_argument("--json", action="store_true")
+    plan_command.add_options(command("plan", plan_command.run, "what a model takes on chips that are not here"), _whole)
     return parser
 
 

@@ -91,6 +91,7 @@ class DecoderConfig:
     kernels: which implementation of the attention operations reads the cache, by name ("xla", "tpu", "interpret"; those of
       `pallas_kernels.decode_attention.IMPLEMENTATIONS`); None lets the platform choose. No property of the model: files of
       checkpoints neither hold nor set it.
+    tensor_axis: of the mesh, if this is one shard of a model (`jaxkv.sharding`); not part of what the model is.
     """
 
     model_type: str
@@ -117,6 +118,7 @@ class DecoderConfig:
     logit_softcap: float | None = None
     attention: str = "gqa"
     kernels: str | None = None
+    tensor_axis: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxkv.attention import ATTENTION
 from jaxkv.config import DecoderConfig
 from jaxkv.layers import Linear, RMSNorm, linear, rms_norm
+from jaxkv.sharding import gather_shards, lookup, sum_shards
 from jaxkv.types import Array
 
 ACTIVATION = {
@@ -33,7 +34,8 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         gate, up = jnp.split(Linear(2 * c.intermediate_size, c.mlp_bias, name="gate_up")(x), 2, axis=-1)
-        return Linear(c.hidden_size, c.mlp_bias, name="down")(ACTIVATION[c.activation](gate) * up)
+        y = Linear(c.hidden_size, c.mlp_bias, name="down")(ACTIVATION[c.activation](gate) * up)
+        return sum_shards(y, c.tensor_axis)
 
 
 class Block(nn.Module):
@@ -58,7 +60,7 @@ class Block(nn.Module):
         """The first half: attention, and its residual."""
         queries, keys, values = self.attention.project(self.attention_norm(x), key_angles, query_angles)
         heads, aux = attend(queries, keys, values)
-        y = self.attention.output(heads)
+        y = sum_shards(self.attention.output(heads), self.config.tensor_axis)
         return x + (self.post_attention_norm(y) if self.config.sandwich_norms else y), aux
 
     def feed_forward(self, x: Array) -> Array:
@@ -70,9 +72,9 @@ class Block(nn.Module):
 def embed(params, tokens: Array, *, config: DecoderConfig) -> Array:
     """Token embeddings [B, T, D] of ids [B, T]. A tied table is stored once, as the head's [D, V]."""
     if config.tie_embeddings:
-        x = jnp.moveaxis(jnp.take(params["head"]["kernel"], tokens, axis=1, mode="clip"), 0, -1)
+        x = jnp.moveaxis(lookup(params["head"]["kernel"], tokens, along=1, axis=config.tensor_axis), 0, -1)
     else:
-        x = jnp.take(params["embedder"]["embedding"], tokens, axis=0, mode="clip")
+        x = lookup(params["embedder"]["embedding"], tokens, along=0, axis=config.tensor_axis)
     return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1.0 else x
 
 
@@ -83,7 +85,7 @@ def final_norm(params, x: Array, *, config: DecoderConfig) -> Array:
 
 def logits(params, hidden: Array, *, config: DecoderConfig) -> Array:
     """Next-token logits [..., V] float32 of normed hidden states [..., D]."""
-    y = linear(params["head"], hidden).astype(jnp.float32)
+    y = gather_shards(linear(params["head"], hidden), config.tensor_axis).astype(jnp.float32)
     if config.logit_softcap is not None:
         y = jnp.tanh(y / config.logit_softcap) * config.logit_softcap
     return y
