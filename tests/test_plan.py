@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import types
 
 import jax
@@ -27,15 +26,12 @@ from jaxkv.checkpoints.huggingface_config import parse_config
 from jaxkv.decoder import init_params
 
 ROOT = pathlib.Path(__file__).parent.parent
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
-def in_process(*arguments):
+def in_process(python, *arguments):
     """What a program of `tests` or the command prints, in a process that the TPU compiler may end."""
     place = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=place, cwd=ROOT, capture_output=True, text=True, timeout=1800
-    )
+    done = subprocess.run([python, *arguments], env=place, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -239,8 +235,8 @@ def test_bytes_of_a_device():
 
 
 @pytest.fixture(scope="module")
-def one_chip():
-    return json.loads(in_process("tests/plan_run.py", "v5e:1x1", "recency", "recency exact").stdout)
+def one_chip(compilers_python):
+    return json.loads(in_process(compilers_python, "tests/plan_run.py", "v5e:1x1", "recency", "recency exact").stdout)
 
 
 def assert_arguments(found):
@@ -257,7 +253,7 @@ def assert_consistent(found):
     assert report["speeds"]["v5e"]["tokens_per_second"] == report["batch"] * 819e9 / report["read"]
 
 
-@needs_compiler
+@pytest.mark.slow
 def test_compiled_for_one_chip(one_chip):
     assert_arguments(one_chip["arguments"])
     for found in one_chip["cases"].values():
@@ -270,18 +266,17 @@ def test_compiled_for_one_chip(one_chip):
     assert "extrapolated linearly to all (3 layers)" in part["layers"] and whole["layers"] == "all layers compiled"
 
 
-@needs_compiler
 @pytest.mark.slow
-def test_compiled_for_four_chips():
+def test_compiled_for_four_chips(compilers_python):
     """Two kinds of layers, two tiers, a second reading."""
-    found = json.loads(in_process("tests/plan_run.py", "v5e:2x2", "full", "gemma tiers", "replay").stdout)
+    run = in_process(compilers_python, "tests/plan_run.py", "v5e:2x2", "full", "gemma tiers", "replay")
+    found = json.loads(run.stdout)
     assert_arguments(found["arguments"])
     for one in found["cases"].values():
         assert_consistent(one)
         assert one["report"]["mesh"] == {"data": 1, "tensor": 4}
 
 
-@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, topology, options",
@@ -296,11 +291,11 @@ def test_compiled_for_four_chips():
         ("Gemma-3-27B", "tpu7x:2x2x1", ["--context", "16384", "--batch", "2"]),
     ],
 )
-def test_published(name, topology, options, tmp_path):
+def test_published(compilers_python, name, topology, options, tmp_path):
     fields, parameters, _ = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     asked = ["--model", str(tmp_path), "--topology", topology, *options, "--json"]
-    report = json.loads(in_process("-m", "infer", "plan", *asked).stdout)
+    report = json.loads(in_process(compilers_python, "-m", "infer", "plan", *asked).stdout)
     config = parse_config(fields)
     small = 0.01 * 2 * parameters  # norms, on every device
     assert 0 <= report["weights"] * report["mesh"]["tensor"] - 2 * parameters < small

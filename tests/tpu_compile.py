@@ -1,6 +1,6 @@
 """Compiles cases for TPU on a machine without one, in processes of their own: some failures of its compiler end the process.
 
-    found = compile_for_tpu([("decode_programs:with_scores", "00-G3-...", "v5e:2x2"), ...])
+    found = compile_for_tpu(python, [("decode_programs:with_scores", "00-G3-...", "v5e:2x2"), ...])
     found["decode_programs:with_scores", "00-G3-...", "v5e:2x2"].error
 
 Each function takes its case and returns a `Program`. Cases go through one process, which loads the compiler once; if that
@@ -9,7 +9,6 @@ dies, the case at hand failed and another process takes the rest.
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,8 +17,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
-
-import pytest
 
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
 ENVIRONMENT = {
@@ -59,20 +56,13 @@ class Compiled:
     peak: int = 0
 
 
-def need_compiler() -> None:
-    """Skips the test where TPU's compiler is not installed; continuous integration fails it."""
-    if importlib.util.find_spec("libtpu") is None:
-        why = "needs libtpu, the compiler of TPU: pip install 'libtpu>=0.0.42,<0.0.53'"
-        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-
-
-def compile_for_tpu(jobs, timeout: float = 1800) -> dict[tuple[str, str, str], Compiled]:
-    """jobs: ("module:function", case, topology), all strings. Returns: what became of each."""
+def compile_for_tpu(python: str, jobs, timeout: float = 1800) -> dict[tuple[str, str, str], Compiled]:
+    """python: an interpreter that has libtpu. jobs: ("module:function", case, topology), all strings. Returns: what became of each."""
     left, found = [list(job) for job in jobs], {}
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     while left:
         done = subprocess.run(
-            [sys.executable, __file__], input=json.dumps(left), capture_output=True, text=True, timeout=timeout,
+            [python, __file__], input=json.dumps(left), capture_output=True, text=True, timeout=timeout,
             env=environment,
         )  # fmt: skip
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
