@@ -39,8 +39,8 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def compilers_python():
-    """An interpreter with XLA's compilers for TPU and NVIDIA GPUs, for `tpu_compile` and `hopper_compile`. Without one, the test is skipped; continuous
-    integration fails it."""
+    """An interpreter with XLA's compilers for TPU and NVIDIA GPUs, for `tpu_compile` and `hopper_compile`. Without one, the
+    test is skipped; continuous integration fails it."""
     path = os.environ.get("JAXKV_COMPILERS_PYTHON")
     if path and os.path.exists(path):
         return path

@@ -57,7 +57,8 @@ class Compiled:
 
 
 def compile_for_tpu(python: str, jobs, timeout: float = 1800) -> dict[tuple[str, str, str], Compiled]:
-    """python: an interpreter that has libtpu. jobs: ("module:function", case, topology), all strings. Returns: what became of each."""
+    """python: an interpreter that has libtpu. jobs: ("module:function", case, topology), all strings.
+    Returns: what became of each."""
     left, found = [list(job) for job in jobs], {}
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     while left:
