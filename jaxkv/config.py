@@ -8,6 +8,9 @@ import dataclasses
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+SSA_TERMS = ("none", "token", "position", "token+position")
+SSA_FEATURES = ("shared", "linear", "mlp")
+SSA_GATES = ("sigmoid", "exp-exp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,41 @@ class LayerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SsaConfig:
+    """Selective Self-Attention (arXiv 2411.12892): which temperatures multiply queries, keys and values, and of what.
+
+    queries, keys, values: the terms of each one's temperature, from SSA_TERMS.
+    features: what the token term reads: "shared", the GELU of the very projection that it scales; "linear", the normed
+      input; "mlp", a hidden layer of its own over that input, which is no longer small.
+    token_per_head, alpha_per_head: a temperature of its own for each head (query heads for queries, kv heads for keys and
+      values), or one for the layer.
+    gate: g(alpha), the weight of log n: the paper's "sigmoid", or the released code's "exp-exp", exp(-exp(alpha)).
+    """
+
+    queries: str = "token+position"
+    keys: str = "none"
+    values: str = "token"
+    features: str = "shared"
+    token_per_head: bool = True
+    alpha_per_head: bool = False
+    gate: str = "sigmoid"
+
+    def __post_init__(self):
+        accepted = dict.fromkeys(("queries", "keys", "values"), SSA_TERMS) | {
+            "features": SSA_FEATURES,
+            "gate": SSA_GATES,
+        }
+        for name, values in accepted.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"ssa {name} {getattr(self, name)!r} is not supported; supported: {', '.join(values)}")
+        for name in ("token_per_head", "alpha_per_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"ssa {name} must be True or False, got {getattr(self, name)!r}")
+        if self.queries == self.keys == self.values == "none":
+            raise ValueError('ssa without any temperature is plain attention; use attention="gqa"')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """One decoder-only transformer: Llama, Mistral, Qwen, Gemma, Phi and their kin by these switches.
 
@@ -87,7 +125,7 @@ class DecoderConfig:
     query_scale: what query-key products are multiplied by before the softmax, 1/sqrt(head_dim) for most.
     embedding_scale: what token embeddings are multiplied by, sqrt(hidden_size) for Gemma, 1.0 elsewhere.
     sandwich_norms: Gemma's norms after attention and after the MLP, beside those before.
-    attention: a row of the table of attention variants (`jaxkv.attention`).
+    attention: a row of the table of attention variants (`jaxkv.attention`). ssa: what the variant "ssa" needs.
     """
 
     model_type: str
@@ -113,6 +151,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     attention: str = "gqa"
+    ssa: SsaConfig | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
@@ -124,6 +163,8 @@ class DecoderConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        if (self.attention == "ssa") != (self.ssa is not None):
+            raise ValueError(f'attention="ssa" and an SsaConfig go together; got {self.attention!r} and ssa={self.ssa}')
         for layer in self.layers:
             if layer.rope.rotary_dim > self.head_dim:
                 raise ValueError(f"rotary_dim {layer.rope.rotary_dim} exceeds head_dim {self.head_dim}")

@@ -50,13 +50,13 @@ class Block(nn.Module):
         self.attention = ATTENTION[c.attention](c)
         self.mlp = MLP(c)
 
-    def __call__(self, x: Array, key_angles, query_angles, attend):
-        x, aux = self.mix_tokens(x, key_angles, query_angles, attend)
+    def __call__(self, x: Array, positions: Array, key_angles, query_angles, attend):
+        x, aux = self.mix_tokens(x, positions, key_angles, query_angles, attend)
         return self.feed_forward(x), aux
 
-    def mix_tokens(self, x: Array, key_angles, query_angles, attend):
+    def mix_tokens(self, x: Array, positions: Array, key_angles, query_angles, attend):
         """The first half: attention, and its residual."""
-        queries, keys, values = self.attention.project(self.attention_norm(x), key_angles, query_angles)
+        queries, keys, values = self.attention.project(self.attention_norm(x), positions, key_angles, query_angles)
         heads, aux = attend(queries, keys, values)
         y = self.attention.output(heads)
         return x + (self.post_attention_norm(y) if self.config.sandwich_norms else y), aux
@@ -96,11 +96,11 @@ def init_params(config: DecoderConfig, key: Array, *, dtype=jnp.float32):
     fused along `out`, all of one `dtype`.
     """
     keys = jax.random.split(key, config.num_layers + 2)
-    angles = jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1))
+    angles, position = (jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1))), jnp.zeros((1, 1), jnp.int32)
     x = jnp.zeros((1, 1, config.hidden_size), dtype)
     attend = lambda queries, keys, values: (queries[0], None)
     params = {
-        f"layers_{i}": Block(config).init(keys[i], x, angles, (angles,), attend)["params"]
+        f"layers_{i}": Block(config).init(keys[i], x, position, angles, (angles,), attend)["params"]
         for i in range(config.num_layers)
     }
     table = jax.nn.initializers.normal(0.02)

@@ -68,6 +68,9 @@ def huggingface_names(config: DecoderConfig) -> dict[str, str]:
         "up": layer + "mlp.up_proj",
         "down": layer + "mlp.down_proj",
     }
+    for role in ("queries", "keys", "values"):  # of `variants`, with names of our own
+        names[f"{role}_temperature"] = f"{layer}self_attn.{role}_temperature"
+        names[f"{role}_temperature/hidden"] = f"{layer}self_attn.{role}_temperature.hidden"
     if config.model_type == "phi3":
         names |= {"qkv": layer + "self_attn.qkv_proj", "gate_up": layer + "mlp.gate_up_proj"}
     if config.sandwich_norms:
@@ -119,9 +122,27 @@ def _layer(config: DecoderConfig, names: Mapping[str, str], index: int) -> list[
     gate_up = {"gate": wide, "up": wide}
     linear(("attention", "qkv"), {"qkv": queries + 2 * keys} if "qkv" in names else qkv, hidden, config.qkv_bias)
     linear(("attention", "output"), {"output": hidden}, queries, config.output_bias)
+    if config.ssa is not None:
+        _temperatures(config, add, linear)
     linear(("mlp", "gate_up"), {"gate_up": 2 * wide} if "gate_up" in names else gate_up, hidden, config.mlp_bias)
     linear(("mlp", "down"), {"down": hidden}, wide, config.mlp_bias)
     return found
+
+
+def _temperatures(config: DecoderConfig, add: Any, linear: Any) -> None:
+    """The leaves of `jaxkv.attention.ssa`, by the functions of `_layer`."""
+    ssa, counts = config.ssa, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    for role, heads in zip(("queries", "keys", "values"), counts, strict=True):
+        terms, owner = getattr(ssa, role), f"{role}_temperature"
+        path = ("attention", owner)
+        if "token" in terms and ssa.features == "shared":
+            linear(path, {owner: heads}, config.head_dim, False)
+        elif "token" in terms:
+            linear(path, {owner: heads if ssa.token_per_head else 1}, config.hidden_size, False)
+        if "token" in terms and ssa.features == "mlp":
+            linear((*path, "hidden"), {f"{owner}/hidden": config.hidden_size}, config.hidden_size, False)
+        if "position" in terms:
+            add((*path, "alpha"), {owner: (heads if ssa.alpha_per_head else 1,)}, "alpha")
 
 
 def check_tensors(
