@@ -7,7 +7,7 @@ The decoder is one architecture with switches; a Hugging Face or GGUF configurat
 import dataclasses
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu_squared")
 SSA_TERMS = ("none", "token", "position", "token+position")
 SSA_FEATURES = ("shared", "linear", "mlp")
 SSA_GATES = ("sigmoid", "exp-exp")
@@ -17,6 +17,7 @@ SSA_GATES = ("sigmoid", "exp-exp")
 class RopeConfig:
     """Rotary position embedding of one kind of layer (RoFormer, arXiv 2104.09864).
 
+    kind: one of ROPE_KINDS, or "none": nothing turns, for models whose positions come from elsewhere.
     rotary_dim: how many leading channels of a head rotate (even, <= head_dim); channel c pairs with c + rotary_dim/2.
     original_max_positions: length the unscaled frequencies were trained for (dynamic, yarn, llama3, longrope).
     attention_factor: multiplies cos and sin; None = derived by the kind's own rule (yarn, longrope).
@@ -40,13 +41,14 @@ class RopeConfig:
     long_factor: tuple[float, ...] | None = None  # longrope, rotary_dim/2 numbers
 
     def __post_init__(self):
-        if self.kind not in ROPE_KINDS:
+        if self.kind not in (*ROPE_KINDS, "none"):
             raise ValueError(f"RoPE type {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
         if self.rotary_dim <= 0 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be a positive even number, got {self.rotary_dim}")
         if self.theta <= 0:
             raise ValueError(f"RoPE theta must be positive, got {self.theta}")
         required = {
+            "none": (),
             "default": (),
             "linear": ("factor",),
             "dynamic": ("factor", "original_max_positions"),
@@ -125,6 +127,8 @@ class DecoderConfig:
     query_scale: what query-key products are multiplied by before the softmax, 1/sqrt(head_dim) for most.
     embedding_scale: what token embeddings are multiplied by, sqrt(hidden_size) for Gemma, 1.0 elsewhere.
     sandwich_norms: Gemma's norms after attention and after the MLP, beside those before.
+    mlp_gate: the MLP is down(activation(gate x) * up x); without a gate, down(activation(up x)).
+    learned_positions: length of a table of positions, which is added to the embeddings; None = no table.
     attention: a row of the table of attention variants (`jaxkv.attention`). ssa: what the variant "ssa" needs.
     """
 
@@ -150,6 +154,8 @@ class DecoderConfig:
     sandwich_norms: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    mlp_gate: bool = True
+    learned_positions: int | None = None
     attention: str = "gqa"
     ssa: SsaConfig | None = None
 
@@ -163,6 +169,10 @@ class DecoderConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        if self.learned_positions is not None and not 1 <= self.max_positions <= self.learned_positions:
+            raise ValueError(
+                f"max_positions {self.max_positions} exceeds the table of {self.learned_positions} positions"
+            )
         if (self.attention == "ssa") != (self.ssa is not None):
             raise ValueError(f'attention="ssa" and an SsaConfig go together; got {self.attention!r} and ssa={self.ssa}')
         for layer in self.layers:

@@ -21,19 +21,25 @@ ACTIVATION = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv 2109.08668
 }
 
 
 class MLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), gate and up fused (GLU variants, arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)), gate and up fused (GLU variants, arXiv 2002.05202); or down(activation(up(x)))."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        gate, up = jnp.split(Linear(2 * c.intermediate_size, c.mlp_bias, name="gate_up")(x), 2, axis=-1)
-        return Linear(c.hidden_size, c.mlp_bias, name="down")(ACTIVATION[c.activation](gate) * up)
+        if c.mlp_gate:
+            gate, up = jnp.split(Linear(2 * c.intermediate_size, c.mlp_bias, name="gate_up")(x), 2, axis=-1)
+            hidden = ACTIVATION[c.activation](gate) * up
+        else:
+            hidden = ACTIVATION[c.activation](Linear(c.intermediate_size, c.mlp_bias, name="up")(x))
+        return Linear(c.hidden_size, c.mlp_bias, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -67,13 +73,23 @@ class Block(nn.Module):
         return x + (self.post_mlp_norm(y) if self.config.sandwich_norms else y)
 
 
-def embed(params, tokens: Array, *, config: DecoderConfig) -> Array:
-    """Token embeddings [B, T, D] of ids [B, T]. A tied table is stored once, as the head's [D, V]."""
+def embed(params, tokens: Array, *, config: DecoderConfig, positions: Array | None = None) -> Array:
+    """Embeddings [B, T, D] of ids [B, T]. A tied table is stored once, as the head's [D, V].
+
+    positions: [B, T] int32, needed by a model with learned ones. Beyond their table the embedding is NaN: `extend` and
+    `empty_state` refuse that before it comes to it, and a compiled loop cannot.
+    """
     if config.tie_embeddings:
         x = jnp.moveaxis(jnp.take(params["head"]["kernel"], tokens, axis=1, mode="clip"), 0, -1)
     else:
         x = jnp.take(params["embedder"]["embedding"], tokens, axis=0, mode="clip")
-    return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1.0 else x
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    if config.learned_positions is None:
+        return x
+    if positions is None:
+        raise ValueError("a model with learned positions embeds tokens at their positions; give them")
+    return x + jnp.take(params["positions"]["embedding"], positions, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def final_norm(params, x: Array, *, config: DecoderConfig) -> Array:
@@ -92,8 +108,8 @@ def logits(params, hidden: Array, *, config: DecoderConfig) -> Array:
 def init_params(config: DecoderConfig, key: Array, *, dtype=jnp.float32):
     """Random parameters of the whole decoder; under `jax.eval_shape`, only their shapes.
 
-    Returns: {"embedder" (untied only), "layers_0"..., "final_norm", "head"}; kernels are [in, out], q/k/v and gate/up
-    fused along `out`, all of one `dtype`.
+    Returns: {"embedder" (untied only), "positions" (learned only), "layers_0"..., "final_norm", "head"}; kernels
+    are [in, out], q/k/v and gate/up fused along `out`, all of one `dtype`.
     """
     keys = jax.random.split(key, config.num_layers + 2)
     angles, position = (jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1))), jnp.zeros((1, 1), jnp.int32)
@@ -106,6 +122,9 @@ def init_params(config: DecoderConfig, key: Array, *, dtype=jnp.float32):
     table = jax.nn.initializers.normal(0.02)
     if not config.tie_embeddings:
         params["embedder"] = {"embedding": table(keys[-2], (config.vocab_size, config.hidden_size), dtype)}
+    if config.learned_positions is not None:
+        shape = (config.learned_positions, config.hidden_size)
+        params["positions"] = {"embedding": table(jax.random.fold_in(keys[-2], 1), shape, dtype)}
     params["head"] = {"kernel": table(keys[-1], (config.hidden_size, config.vocab_size), dtype)}
     params["final_norm"] = {"scale": jnp.full((config.hidden_size,), 1.0 - config.norm_offset, dtype)}
     return params

@@ -73,7 +73,8 @@ def extend(
     if positions is not None and any(layer.tiers for layer in state.layers):
         raise ValueError("positions can be given to a state that stores nothing; others number their tokens themselves")
     _refuse_overflow(state, valid & candidates if replay is None else valid & candidates & (replay == 0), config)
-    outer = {name: params[name] for name in ("embedder", "head") if name in params}
+    _refuse_distant(state, valid, positions, config)
+    outer = {name: params[name] for name in ("embedder", "positions", "head") if name in params}
     x, context = _begin(
         outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments, replay,
         positions, config=config,
@@ -108,7 +109,7 @@ def decode(params, token: Array, state: State, *, config: DecoderConfig, valid: 
     Returns: hidden [B, D]; the state.
     """
     context = make_context(state, valid[:, None], valid[:, None], None)
-    x = decoder.embed(params, token[:, None], config=config)
+    x = _embed(params, token[:, None], context, config)
     layers = []
     for index, layer in enumerate(state.layers):
         kind = config.layers[index]
@@ -170,9 +171,14 @@ def _by_tokens(function, x: Array, size: int) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, segments, replay, positions, *, config):
-    x = decoder.embed(params, tokens, config=config)
     state = State(layers=(), offsets=offsets, rotary=rotary, next_position=next_position)
-    return x, make_context(state, valid, candidates, segments, replay, positions)
+    context = make_context(state, valid, candidates, segments, replay, positions)
+    return _embed(params, tokens, context, config), context
+
+
+def _embed(params, tokens, context: Context, config: DecoderConfig) -> Array:
+    """Embeddings; those of pads are of position 0, which every table has."""
+    return decoder.embed(params, tokens, config=config, positions=jnp.where(context.valid, context.positions, 0))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind", "causal", "watch"), donate_argnames=("x",))
@@ -204,6 +210,16 @@ def _end(params, x, *, config):
 def _is_fresh(state: State) -> bool:
     """Whether no row has read anything, as far as can be told before tracing; then attention skips the empty tiers."""
     return not isinstance(state.next_position, jax.core.Tracer) and not state.next_position.any()
+
+
+def _refuse_distant(state: State, valid: Array, positions: Array | None, config: DecoderConfig) -> None:
+    """Positions beyond a table of learned ones are an error; under jit their embeddings are NaN."""
+    known = not any(isinstance(x, jax.core.Tracer) for x in (state.next_position, valid, positions))
+    if config.learned_positions is None or not known:
+        return
+    length = int((state.next_position + valid.sum(axis=1) if positions is None else positions.max() + 1).max())
+    if length > config.learned_positions:
+        raise ValueError(f"{length} positions are needed; the model has learned {config.learned_positions}")
 
 
 def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> None:

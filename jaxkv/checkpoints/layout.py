@@ -54,6 +54,7 @@ def huggingface_names(config: DecoderConfig) -> dict[str, str]:
     layer = "model.layers.{i}."
     names = {
         "embedding": "model.embed_tokens",
+        "positions": "model.embed_positions",
         "head": "lm_head",
         "final_norm": "model.norm",
         "attention_norm": layer + "input_layernorm",
@@ -90,6 +91,9 @@ def leaves(config: DecoderConfig, names: Mapping[str, str]) -> list[Leaf]:
             Leaf(("embedder", "embedding"), ((names["embedding"] + ".weight", (vocab, hidden)),), False),
             Leaf(("head", "kernel"), ((names["head"] + ".weight", (vocab, hidden)),), True),
         ]
+    if config.learned_positions is not None:
+        shape = (config.learned_positions, hidden)
+        found.append(Leaf(("positions", "embedding"), ((names["positions"] + ".weight", shape),), False))
     for index in range(config.num_layers):
         found += _layer(config, {key: name.replace("{i}", str(index)) for key, name in names.items()}, index)
     found.append(Leaf(("final_norm", "scale"), ((names["final_norm"] + ".weight", (hidden,)),), False))
@@ -124,7 +128,10 @@ def _layer(config: DecoderConfig, names: Mapping[str, str], index: int) -> list[
     linear(("attention", "output"), {"output": hidden}, queries, config.output_bias)
     if config.ssa is not None:
         _temperatures(config, add, linear)
-    linear(("mlp", "gate_up"), {"gate_up": 2 * wide} if "gate_up" in names else gate_up, hidden, config.mlp_bias)
+    if config.mlp_gate:
+        linear(("mlp", "gate_up"), {"gate_up": 2 * wide} if "gate_up" in names else gate_up, hidden, config.mlp_bias)
+    else:
+        linear(("mlp", "up"), {"up": wide}, hidden, config.mlp_bias)
     linear(("mlp", "down"), {"down": hidden}, wide, config.mlp_bias)
     return found
 

@@ -13,27 +13,52 @@ from typing import Any
 
 from jaxkv.attention import ATTENTION
 from jaxkv.checkpoints.errors import CheckpointError
+from jaxkv.checkpoints.fields import check_fields
 from jaxkv.config import DecoderConfig, SsaConfig
 
 MODEL_TYPE, ARCHITECTURE = "jaxkv", "JaxkvForCausalLM"
-_NESTED = {"ssa": SsaConfig}
-# Field of `DecoderConfig` that only variants set -> its value in every family
-_PLAIN = {"attention": "gqa", "ssa": None}
+# Field of the section -> kind of value; "rope", of all layers, can only be "none". Absent: as the family has it.
+_KINDS = {
+    "model_type": "name", "attention": "name", "ssa": "object", "activation": "name", "mlp_gate": "flag",
+    "learned_positions": "size", "rope": "name",
+}  # fmt: skip
+_USUAL = {"attention": "gqa", "ssa": None, "mlp_gate": True, "learned_positions": None}  # in every family
+_OURS = ("relu", "relu_squared")  # activations that none has
 _WHERE = "config.json section 'jaxkv'"
 
 
 def plain(config: DecoderConfig) -> DecoderConfig:
     """The family's model that the variant departs from."""
-    return dataclasses.replace(config, **_PLAIN)
+    activation = "silu" if config.activation in _OURS else config.activation
+    return dataclasses.replace(_turned(config, "none", "default"), activation=activation, **_USUAL)
+
+
+def _turned(config: DecoderConfig, kind: str, into: str) -> DecoderConfig:
+    """Rotary positions of one kind as of another."""
+    changed = lambda rope: dataclasses.replace(rope, kind=into) if rope.kind == kind else rope
+    layers = tuple(dataclasses.replace(layer, rope=changed(layer.rope)) for layer in config.layers)
+    return dataclasses.replace(config, layers=layers)
 
 
 def join(family: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """The fields of config.json: `family`, those of `plain(config)`, and the section."""
+    """The fields of config.json: `family`, those of `plain(config)`, and the section.
+
+    Raises:
+      CheckpointError: some layers turn and some do not.
+    """
     section = {"model_type": family["model_type"]}
-    for name, usual in _PLAIN.items():
-        value = getattr(config, name)
-        if value != usual:
-            section[name] = dataclasses.asdict(value) if name in _NESTED else value
+    for name, usual in _USUAL.items():
+        if getattr(config, name) != usual:
+            section[name] = getattr(config, name)
+    if config.ssa is not None:
+        section["ssa"] = dataclasses.asdict(config.ssa)
+    if config.activation in _OURS:
+        section["activation"] = config.activation
+    kinds = {layer.rope.kind for layer in config.layers}
+    if "none" in kinds:
+        if len(kinds) > 1:
+            raise CheckpointError("layers with rotary positions beside layers without cannot be written")
+        section["rope"] = "none"
     return {**family, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "jaxkv": section}
 
 
@@ -50,7 +75,8 @@ def take_apart(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         raise CheckpointError(f"architecture {given[0]!r} is not {ARCHITECTURE!r}, as model_type {MODEL_TYPE!r} has it")
     if section["model_type"] == MODEL_TYPE:
         raise CheckpointError(f"{_WHERE}: model_type must be that of a family, got {MODEL_TYPE!r}")
-    _only(section, {"model_type", *_PLAIN}, _WHERE)
+    _only(section, set(_KINDS), _WHERE)
+    check_fields(section, _KINDS, f"{_WHERE}: field")
     fields = {key: value for key, value in config.items() if key not in ("jaxkv", "architectures")}
     return {**fields, "model_type": section["model_type"]}, section
 
@@ -61,25 +87,24 @@ def apply(family: DecoderConfig, section: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       CheckpointError: a value that is not supported, or fields that are missing or not known.
     """
-    attention = section.get("attention", family.attention)
-    if not isinstance(attention, str) or attention not in ATTENTION:
-        raise CheckpointError(f"{_WHERE}: attention {attention!r:.80} is not known; known: {', '.join(ATTENTION)}")
-    changes = {}
-    for name, value in section.items():
-        if name in _NESTED and value is not None:
-            where, known = f"{_WHERE}, {name}", {field.name for field in dataclasses.fields(_NESTED[name])}
-            if not isinstance(value, dict):
-                raise CheckpointError(f"{where} must be an object {{...}}, got {value!r:.80}")
-            _only(value, known, where)
-            if known - value.keys():
-                raise CheckpointError(f"{where} lacks {', '.join(sorted(known - value.keys()))}")
-        if name != "model_type":
-            changes[name] = value
+    changes = {
+        name: value for name, value in section.items() if name not in ("model_type", "rope") and value is not None
+    }
+    attention, rope, ssa = changes.get("attention", "gqa"), section.get("rope"), changes.get("ssa")
+    if attention not in ATTENTION:
+        raise CheckpointError(f"{_WHERE}: attention {attention!r} is not known; known: {', '.join(ATTENTION)}")
+    if rope not in (None, "none"):
+        raise CheckpointError(f"{_WHERE}: rope {rope!r} is not known; known: none")
+    if ssa is not None:
+        known = {field.name for field in dataclasses.fields(SsaConfig)}
+        _only(ssa, known, f"{_WHERE}, ssa")
+        if known - ssa.keys():
+            raise CheckpointError(f"{_WHERE}, ssa lacks {', '.join(sorted(known - ssa.keys()))}")
     try:
-        nested = {
-            name: _NESTED[name](**value) for name, value in changes.items() if name in _NESTED and value is not None
-        }
-        return dataclasses.replace(family, **changes | nested)
+        if ssa is not None:
+            changes["ssa"] = SsaConfig(**ssa)
+        config = dataclasses.replace(family, **changes)
+        return config if rope is None else _turned(config, "default", "none")
     except ValueError as error:
         raise CheckpointError(f"{_WHERE}: {error}") from error
 
