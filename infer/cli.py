@@ -530,6 +530,7 @@ def _info(arguments) -> int:
     facts = {
         "model": arguments.model,
         "model_type": config.model_type,
+        "attention": config.attention,
         "parameters": parameters,
         "layers": config.num_layers,
         "heads": config.num_heads,

@@ -7,13 +7,17 @@ The decoder is one architecture with switches; a Hugging Face or GGUF configurat
 import dataclasses
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu_squared")
+SSA_TERMS = ("none", "token", "position", "token+position")
+SSA_FEATURES = ("shared", "linear", "mlp")
+SSA_GATES = ("sigmoid", "exp-exp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding of one kind of layer (RoFormer, arXiv 2104.09864).
 
+    kind: one of ROPE_KINDS, or "none": nothing turns, for models whose positions come from elsewhere.
     rotary_dim: how many leading channels of a head rotate (even, <= head_dim); channel c pairs with c + rotary_dim/2.
     original_max_positions: length the unscaled frequencies were trained for (dynamic, yarn, llama3, longrope).
     attention_factor: multiplies cos and sin; None = derived by the kind's own rule (yarn, longrope).
@@ -37,13 +41,14 @@ class RopeConfig:
     long_factor: tuple[float, ...] | None = None  # longrope, rotary_dim/2 numbers
 
     def __post_init__(self):
-        if self.kind not in ROPE_KINDS:
+        if self.kind not in (*ROPE_KINDS, "none"):
             raise ValueError(f"RoPE type {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
         if self.rotary_dim <= 0 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be a positive even number, got {self.rotary_dim}")
         if self.theta <= 0:
             raise ValueError(f"RoPE theta must be positive, got {self.theta}")
         required = {
+            "none": (),
             "default": (),
             "linear": ("factor",),
             "dynamic": ("factor", "original_max_positions"),
@@ -80,6 +85,41 @@ class LayerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SsaConfig:
+    """Selective Self-Attention (arXiv 2411.12892): which temperatures multiply queries, keys and values, and of what.
+
+    queries, keys, values: the terms of each one's temperature, from SSA_TERMS.
+    features: what the token term reads: "shared", the GELU of the very projection that it scales; "linear", the normed
+      input; "mlp", a hidden layer of its own over that input, which is no longer small.
+    token_per_head, alpha_per_head: a temperature of its own for each head (query heads for queries, kv heads for keys and
+      values), or one for the layer.
+    gate: g(alpha), the weight of log n: the paper's "sigmoid", or the released code's "exp-exp", exp(-exp(alpha)).
+    """
+
+    queries: str = "token+position"
+    keys: str = "none"
+    values: str = "token"
+    features: str = "shared"
+    token_per_head: bool = True
+    alpha_per_head: bool = False
+    gate: str = "sigmoid"
+
+    def __post_init__(self):
+        accepted = dict.fromkeys(("queries", "keys", "values"), SSA_TERMS) | {
+            "features": SSA_FEATURES,
+            "gate": SSA_GATES,
+        }
+        for name, values in accepted.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"ssa {name} {getattr(self, name)!r} is not supported; supported: {', '.join(values)}")
+        for name in ("token_per_head", "alpha_per_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"ssa {name} must be True or False, got {getattr(self, name)!r}")
+        if self.queries == self.keys == self.values == "none":
+            raise ValueError('ssa without any temperature is plain attention; use attention="gqa"')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """One decoder-only transformer: Llama, Mistral, Qwen, Gemma, Phi and their kin by these switches.
 
@@ -87,7 +127,9 @@ class DecoderConfig:
     query_scale: what query-key products are multiplied by before the softmax, 1/sqrt(head_dim) for most.
     embedding_scale: what token embeddings are multiplied by, sqrt(hidden_size) for Gemma, 1.0 elsewhere.
     sandwich_norms: Gemma's norms after attention and after the MLP, beside those before.
-    attention: a row of the table of attention variants (`jaxkv.attention`).
+    mlp_gate: the MLP is down(activation(gate x) * up x); without a gate, down(activation(up x)).
+    learned_positions: length of a table of positions, which is added to the embeddings; None = no table.
+    attention: a row of the table of attention variants (`jaxkv.attention`). ssa: what the variant "ssa" needs.
     kernels: which implementation of the attention operations reads the cache, by name ("xla", "tpu", "interpret"; those of
       `pallas_kernels.decode_attention.IMPLEMENTATIONS`); None lets the platform choose. No property of the model: files of
       checkpoints neither hold nor set it.
@@ -116,7 +158,10 @@ class DecoderConfig:
     sandwich_norms: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    mlp_gate: bool = True
+    learned_positions: int | None = None
     attention: str = "gqa"
+    ssa: SsaConfig | None = None
     kernels: str | None = None
     tensor_axis: str | None = dataclasses.field(default=None, repr=False)
 
@@ -130,6 +175,12 @@ class DecoderConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        if self.learned_positions is not None and not 1 <= self.max_positions <= self.learned_positions:
+            raise ValueError(
+                f"max_positions {self.max_positions} exceeds the table of {self.learned_positions} positions"
+            )
+        if (self.attention == "ssa") != (self.ssa is not None):
+            raise ValueError(f'attention="ssa" and an SsaConfig go together; got {self.attention!r} and ssa={self.ssa}')
         for layer in self.layers:
             if layer.rope.rotary_dim > self.head_dim:
                 raise ValueError(f"rotary_dim {layer.rope.rotary_dim} exceeds head_dim {self.head_dim}")

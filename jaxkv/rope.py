@@ -19,7 +19,9 @@ def make_rotary(rope: RopeConfig, length: Array) -> Rotary:
     exponent = jnp.arange(half, dtype=jnp.float32) / half
     base = (rope.theta**exponent)[None]  # [1, R/2]; a frequency is 1 / base
     scale = 1.0
-    if rope.kind == "default":
+    if rope.kind == "none":
+        frequencies = jnp.zeros_like(base)
+    elif rope.kind == "default":
         frequencies = 1.0 / base
     elif rope.kind == "linear":
         frequencies = 1.0 / (base * rope.factor)

@@ -82,8 +82,9 @@ def shard_config(config: DecoderConfig, count: int) -> DecoderConfig:
                 f"{size} {name} cannot be cut into {count} equal shards, and kv heads are not replicated; this model takes"
                 f" {', '.join(map(str, accepted))} over {TENSOR!r}"
             )
-    if config.attention != "gqa":
-        raise ShardingError(f"attention {config.attention!r} cannot be cut over {TENSOR!r} yet; use 1")
+    if config.attention != "gqa" or not config.mlp_gate:
+        what = f"attention {config.attention!r}" if config.attention != "gqa" else "an MLP without a gate"
+        raise ShardingError(f"a model with {what} cannot be cut over {TENSOR!r}; use 1")
     if config.output_bias or config.mlp_bias:
         raise ShardingError(
             f"a model with biases after attention or in its MLP cannot be cut over {TENSOR!r}: each shard would add them;"

@@ -123,8 +123,7 @@ class Reference:
         positions = range(first, self.steps)
         for index, kind in enumerate(c.layers):
             layer = p[f"layers_{index}"]
-            heads = norm(x, layer["attention_norm"]["scale"], c.norm_eps) @ layer["attention"]["qkv"]["kernel"]
-            heads = heads.reshape(len(tokens), -1, c.head_dim)
+            heads = self._project(layer["attention"], norm(x, layer["attention_norm"]["scale"], c.norm_eps), positions)
             n, k = c.num_heads, c.num_kv_heads
             out = np.zeros((len(tokens), n, c.head_dim))
             for head in range(k):
@@ -153,6 +152,10 @@ class Reference:
             )
             x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp"]["down"]["kernel"]
         return norm(x, p["final_norm"]["scale"], c.norm_eps)
+
+    def _project(self, params, x, positions):
+        """Queries, keys and values [T, N + 2 K, H] before RoPE, of the normed input of a layer."""
+        return (x @ params["qkv"]["kernel"]).reshape(len(x), -1, self.config.head_dim)
 
     def _look(self, queries, crowd, step, first):
         """Attention of one query per head over `crowd`; each token of it remembers how much it got."""

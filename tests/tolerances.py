@@ -31,6 +31,7 @@ LOGPROB = 1e-4  # relative, float32 log-softmax over 50 logits of size 10, value
 STANDARD_ERRORS = 4  # of a share of random draws: seeds are fixed, and one in 16,000 would be further off by chance
 JACCARD = 0.9  # mean agreement of the 4-byte history of Scissorhands with the exact one (issue 3)
 BYTES = 0.01  # relative, of a program's arguments: scalars and flags that it takes beside the state
+GRADIENT = 5e-4  # absolute and relative: a float32 backward pass of two layers, against float64 central differences
 QUANTIZED = 1e-5  # grid points of size 1 to 5, computed in float32 and in float64
 
 # Storage in bfloat16, whose relative rounding error is 2**-9

@@ -22,18 +22,26 @@ class GroupedQueryAttention(nn.Module):
             self.query_norm = RMSNorm(c.norm_eps, c.norm_offset)
             self.key_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
-    def project(self, x: Array, key_angles, query_angles) -> tuple[tuple[Array, ...], Array, Array]:
+    def project(self, x: Array, positions: Array, key_angles, query_angles) -> tuple[tuple[Array, ...], Array, Array]:
         """Queries once per entry of `query_angles`, keys rotated by `key_angles`, values.
 
-        Args: x [B, T, D]; angles are (cos, sin), [B, T, R/2] each.
+        Args: x [B, T, D]; positions [B, T] int32, from 0, whose angles are (cos, sin), [B, T, R/2] each.
         Returns: queries, a tuple of [B, T, N, H]; keys and values [B, T, K, H].
         """
+        queries, keys, values = self.normed(*self.split(x))
+        return tuple(rotate(queries, *a) for a in query_angles), rotate(keys, *key_angles), values
+
+    def split(self, x: Array) -> tuple[Array, Array, Array]:
+        """The bare projections of x [B, T, D]: queries [B, T, N, H], keys and values [B, T, K, H]."""
         c = self.config
         heads = self.qkv(x).reshape(*x.shape[:2], -1, c.head_dim)
-        queries, keys, values = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
-        if c.qk_norm:
+        return tuple(jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2))
+
+    def normed(self, queries: Array, keys: Array, values: Array) -> tuple[Array, Array, Array]:
+        """The same after the norms of queries and keys, where a model has those."""
+        if self.config.qk_norm:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        return tuple(rotate(queries, *a) for a in query_angles), rotate(keys, *key_angles), values
+        return queries, keys, values
 
     def output(self, heads: Array) -> Array:
         """[B, T, N, H] -> [B, T, D]."""

@@ -40,9 +40,15 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
     Both must have the same tiers and policy, the same RoPE frequencies and the same balance. Each tier of the result has
     the slots and limits of both; in a sliding-window layer the limit of a tier without groups is at most the window, and
     what the next token cannot see is empty. Keys of `second` are encoded once more, in the groups that they lie in. The
-    tokens of `second` have not seen those of `first`.
-    Raises: ValueError for states that do not match; frequencies and balances are compared outside jit only.
+    tokens of `second` have not seen those of `first`, and temperatures in them (`jaxkv.attention.ssa`) remain those of the
+    positions that they were read at.
+    Raises: ValueError for states that do not match; frequencies and balances are compared outside jit only. For a model
+      with learned positions, which are in every key and value and cannot be moved.
     """
+    if config.learned_positions is not None:
+        raise ValueError(
+            "concat moves the second state's positions; those of a model that has learned them cannot move"
+        )
     for name, a, b in (
         ("rows", first.next_position.shape, second.next_position.shape),
         ("layers", len(first.layers), len(second.layers)),

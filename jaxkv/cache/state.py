@@ -26,7 +26,7 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
       owners: for layers whose spec has `rows`, int [B, rows] each: the kv head of each block row, -1 = none; each head owns
         at least one.
     Raises: ValueError if the shapes of spec, limits and config disagree, for a scheme that is unknown or does not take
-      heads of this size.
+      heads of this size, for lengths beyond the positions that a model has learned.
     """
     limits, lengths = np.asarray(limits), jnp.asarray(lengths, jnp.int32)
     tiers = {len(layer.tiers) for layer in spec}
@@ -38,6 +38,8 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     if limits.shape != (len(spec), *tiers, batch):
         raise ValueError(f"limits must be [L, tiers, B] = {(len(spec), *tiers, batch)}, got {limits.shape}")
     longest = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
+    if config.learned_positions is not None and longest > config.learned_positions:
+        raise ValueError(f"rows of {longest} tokens: the model has learned {config.learned_positions} positions")
     layers = []
     for index, layer in enumerate(spec):
         check_tiers(index, layer, limits[index], longest)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxkv.checkpoints import huggingface_rope
+from jaxkv.checkpoints import huggingface_rope, variants
 from jaxkv.checkpoints.errors import CheckpointError
 from jaxkv.checkpoints.fields import check_fields
 from jaxkv.checkpoints.generation_config import Generation
@@ -109,11 +109,14 @@ _OUTER_GEMMA3 = frozenset(
 
 
 def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """Translates the contents of config.json.
+    """Translates the contents of config.json, one of `variants` included.
 
     Raises:
       CheckpointError: an architecture, RoPE type, activation or field that is not supported, by name.
     """
+    if config.get("model_type") == variants.MODEL_TYPE:
+        family, section = variants.take_apart(config)
+        return variants.apply(parse_config(family), section)
     check_fields(config, _FIELDS, _WHERE)
     text = _text_part(config)
     check_fields(text, _FIELDS | huggingface_rope.TOP_LEVEL_FIELDS, _WHERE)
@@ -279,9 +282,12 @@ def _layer_types(text: Mapping[str, Any], values: dict[str, Any]) -> tuple[str, 
 def config_to_json(config: DecoderConfig, *, dtype: str, generation: Generation | None = None) -> dict[str, Any]:
     """The config.json of `config`, for old and new transformers (both spellings of RoPE and dtype).
 
+    A model that no class of transformers computes is written as one of `variants`, which transformers refuses.
     Raises:
       CheckpointError: transformers' class of this model_type cannot express the configuration.
     """
+    if variants.plain(config) != config:
+        return variants.join(config_to_json(variants.plain(config), dtype=dtype, generation=generation), config)
     if config.model_type not in FAMILIES:
         raise CheckpointError(f"model_type {config.model_type!r} cannot be written; accepted: {', '.join(FAMILIES)}")
     architecture, defaults = FAMILIES[config.model_type]

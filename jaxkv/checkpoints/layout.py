@@ -54,6 +54,7 @@ def huggingface_names(config: DecoderConfig) -> dict[str, str]:
     layer = "model.layers.{i}."
     names = {
         "embedding": "model.embed_tokens",
+        "positions": "model.embed_positions",
         "head": "lm_head",
         "final_norm": "model.norm",
         "attention_norm": layer + "input_layernorm",
@@ -68,6 +69,9 @@ def huggingface_names(config: DecoderConfig) -> dict[str, str]:
         "up": layer + "mlp.up_proj",
         "down": layer + "mlp.down_proj",
     }
+    for role in ("queries", "keys", "values"):  # of `variants`, with names of our own
+        names[f"{role}_temperature"] = f"{layer}self_attn.{role}_temperature"
+        names[f"{role}_temperature/hidden"] = f"{layer}self_attn.{role}_temperature.hidden"
     if config.model_type == "phi3":
         names |= {"qkv": layer + "self_attn.qkv_proj", "gate_up": layer + "mlp.gate_up_proj"}
     if config.sandwich_norms:
@@ -87,6 +91,9 @@ def leaves(config: DecoderConfig, names: Mapping[str, str]) -> list[Leaf]:
             Leaf(("embedder", "embedding"), ((names["embedding"] + ".weight", (vocab, hidden)),), False),
             Leaf(("head", "kernel"), ((names["head"] + ".weight", (vocab, hidden)),), True),
         ]
+    if config.learned_positions is not None:
+        shape = (config.learned_positions, hidden)
+        found.append(Leaf(("positions", "embedding"), ((names["positions"] + ".weight", shape),), False))
     for index in range(config.num_layers):
         found += _layer(config, {key: name.replace("{i}", str(index)) for key, name in names.items()}, index)
     found.append(Leaf(("final_norm", "scale"), ((names["final_norm"] + ".weight", (hidden,)),), False))
@@ -119,9 +126,30 @@ def _layer(config: DecoderConfig, names: Mapping[str, str], index: int) -> list[
     gate_up = {"gate": wide, "up": wide}
     linear(("attention", "qkv"), {"qkv": queries + 2 * keys} if "qkv" in names else qkv, hidden, config.qkv_bias)
     linear(("attention", "output"), {"output": hidden}, queries, config.output_bias)
-    linear(("mlp", "gate_up"), {"gate_up": 2 * wide} if "gate_up" in names else gate_up, hidden, config.mlp_bias)
+    if config.ssa is not None:
+        _temperatures(config, add, linear)
+    if config.mlp_gate:
+        linear(("mlp", "gate_up"), {"gate_up": 2 * wide} if "gate_up" in names else gate_up, hidden, config.mlp_bias)
+    else:
+        linear(("mlp", "up"), {"up": wide}, hidden, config.mlp_bias)
     linear(("mlp", "down"), {"down": hidden}, wide, config.mlp_bias)
     return found
+
+
+def _temperatures(config: DecoderConfig, add: Any, linear: Any) -> None:
+    """The leaves of `jaxkv.attention.ssa`, by the functions of `_layer`."""
+    ssa, counts = config.ssa, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    for role, heads in zip(("queries", "keys", "values"), counts, strict=True):
+        terms, owner = getattr(ssa, role), f"{role}_temperature"
+        path = ("attention", owner)
+        if "token" in terms and ssa.features == "shared":
+            linear(path, {owner: heads}, config.head_dim, False)
+        elif "token" in terms:
+            linear(path, {owner: heads if ssa.token_per_head else 1}, config.hidden_size, False)
+        if "token" in terms and ssa.features == "mlp":
+            linear((*path, "hidden"), {f"{owner}/hidden": config.hidden_size}, config.hidden_size, False)
+        if "position" in terms:
+            add((*path, "alpha"), {owner: (heads if ssa.alpha_per_head else 1,)}, "alpha")
 
 
 def check_tensors(
