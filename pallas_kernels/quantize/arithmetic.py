@@ -17,7 +17,7 @@ import numpy as np
 
 LARGEST = 1e30  # what an infinite number is stored as; its range still fits bfloat16
 TINY = float(np.finfo(np.float32).tiny)  # smaller numbers are zero on some platforms, and therefore here
-FINE = 10  # bits behind the point of levels
+FINE = 10  # bits behind the point of the first part of a level; the second has as many more
 
 
 def finite(x):
@@ -96,21 +96,29 @@ def to_grid(x, top: int, axis: int):
 
 
 def fit_codebook(y, levels: tuple[float, ...], axis: int):
-    """Codes, int32 in the shape of y, and the factor, not rounded; y: whole numbers in float32, see `to_grid`.
+    """The factor, not rounded, that is best (least squares) for the levels nearest to y over its root mean square. y: whole
+    numbers in float32, see `to_grid`.
 
-    First the nearest levels for the mean square, then the factor that is best for these (least squares).
+    y and levels are each the sum of two whole numbers of different weight, so that products are right to 20 bits.
     """
-    channels, edges = y.shape[axis], edges_of(levels)
-    small, _, down = to_grid(y, min(11, (31 - channels.bit_length()) // 2), axis)
-    whole = small.astype(jnp.int32)
-    square = (whole * whole).sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
+    channels = y.shape[axis]
+    top = min(11, (31 - channels.bit_length()) // 2)
+    high, up, down = to_grid(y, top, axis)
+    y = y * up
+    low, high = jnp.round((y - high) * np.float32(2**top)).astype(jnp.int32), high.astype(jnp.int32)
+    total = lambda x: x.sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
+    square = total(high * high) + total(high * low) * np.float32(2 ** (1 - top))
     deviation = jnp.sqrt(square * np.float32(1 / channels))
-    fine = [round(float(level) * 2**FINE) for level in levels]
-    level = jnp.full(y.shape, fine[0], jnp.int32)
-    for edge, least in zip(edges, fine[1:], strict=True):
-        level = jnp.where(small > deviation * edge, least, level)
-    products = (whole * level).sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    squares = (level * level).sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
+    first = [round(level * 2**FINE) for level in levels]
+    second = [round(level * 4**FINE) - (part << FINE) for level, part in zip(levels, first, strict=True)]
+    level, rest = (jnp.full(y.shape, parts[0], jnp.int32) for parts in (first, second))
+    for edge, *parts in zip(edges_of(levels), first[1:], second[1:], strict=True):
+        above = y > deviation * edge
+        level, rest = jnp.where(above, parts[0], level), jnp.where(above, parts[1], rest)
+    products = (
+        total(high * level) + total(low * level) * np.float32(2**-top) + total(high * rest) * np.float32(2**-FINE)
+    )
+    squares = total(level * level) + total(level * rest) * np.float32(2 ** (1 - FINE))
     return products / squares * np.float32(2**FINE) * down
 
 
