@@ -21,9 +21,10 @@ FINE = 10  # bits behind the point of the first part of a level; the second has 
 
 
 def finite(x):
-    """float32 with NaN as 0 and infinities as +-LARGEST, so that one bad number spoils one group, not a row."""
+    """float32 with NaN as 0 and infinities as +-LARGEST, so that one bad number spoils one group, not a row; no -0, of which
+    a minimum may or may not be made."""
     x = x.astype(jnp.float32)
-    return jnp.clip(jnp.where(x != x, 0.0, x), -LARGEST, LARGEST)
+    return jnp.clip(jnp.where((x != x) | (jnp.abs(x) < TINY), 0.0, x), -LARGEST, LARGEST)
 
 
 def bits_of(x):

@@ -6,6 +6,8 @@
 3 bits   a plane of the low 2 bits, then a plane of the high bit: H / 4 + H / 8 = 3 H / 8
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,13 +22,14 @@ def pack(codes, bits: int):
     planes, shift = [], 0
     for width in PLANES[bits]:
         part = ((codes >> shift) & ((1 << width) - 1)).astype(jnp.uint8)
-        part = part.reshape(*part.shape[:-1], -1, 8 // width)
+        part = part.reshape(*part.shape[:-1], part.shape[-1] * width // 8, 8 // width)
         places = (jnp.arange(8 // width, dtype=jnp.uint8) * width).reshape((1,) * (part.ndim - 1) + (-1,))
         planes.append((part << places).sum(axis=-1, dtype=jnp.uint8))
         shift += width
     return jnp.concatenate(planes, axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames="how")  # so that a model's layers trace it once
 def quantize(x, *, how):
     codes, factors = encode(x, how)
     return jnp.swapaxes(codes, -1, -2), tuple(jnp.swapaxes(factor, -1, -2) for factor in factors)
@@ -36,9 +39,10 @@ def encode(x, how):
     """[..., S, H] -> packed codes [..., S, H'] and factors [..., S, groups] or [..., S / granule, H]: channels last."""
     x, shape = arithmetic.finite(x), x.shape
     if how.granule > 1:
-        x = x.reshape(*shape[:-2], -1, how.granule, shape[-1])
+        x = x.reshape(*shape[:-2], shape[-2] // how.granule, how.granule, shape[-1])
     elif not isinstance(how, Codebook):
-        x = x.reshape(*shape[:-1], groups(how, shape[-1]), -1)
+        count = groups(how, shape[-1])
+        x = x.reshape(*shape[:-1], count, shape[-1] // count)
     if isinstance(how, Codebook):
         matrix, block = arithmetic.hadamard(how.signs)
         rotate = lambda whole: jnp.einsum("...i,io->...o", whole, matrix, precision="highest")
