@@ -160,6 +160,7 @@ def _parser():
     )
     sub = command("info", _info, "what a model is and what its cache costs")
     sub.add_argument("--json", action="store_true")
+    sub.add_argument("--kernels", action="store_true", help="instead: which kernel runs on which platform, and why not")
     plan_command.add_options(command("plan", plan_command.run, "what a model takes on chips that are not here"), _whole)
     return parser
 
@@ -518,12 +519,17 @@ def _evaluate(arguments) -> int:
 def _info(arguments) -> int:
     import jax
 
+    from infer.kernel_table import kernel_rows, kernels_here, table
     from jaxkv.cache.budgets import format_bytes, plan
     from jaxkv.checkpoints import read_config
     from jaxkv.decoder import init_params
     from jaxkv.presets import PRESETS
 
     config = read_config(arguments.model, revision=arguments.revision, token=arguments.token, offline=arguments.offline)
+    if arguments.kernels:
+        rows = kernel_rows(config, arguments.dtype)
+        print(json.dumps({"model": arguments.model, "kernels": rows}) if arguments.json else table(rows))
+        return 0
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
     costs = {name: plan(config, name, None, lengths=[1000], dtype=arguments.dtype).bytes_per_row for name in PRESETS}
@@ -541,7 +547,7 @@ def _info(arguments) -> int:
         "cache_bytes_per_1000_tokens": costs,
         "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
         "versions": {name: importlib.metadata.version(name) for name in ("jaxkv", "jax", "jaxlib", "flax", "numpy")},
-        "implementations": _implementations(config, arguments.dtype),
+        "implementations": kernels_here(config, arguments.dtype),
     }
     if arguments.json:
         print(json.dumps(facts))
@@ -556,26 +562,6 @@ def _info(arguments) -> int:
         else:
             print(f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value}")
     return 0
-
-
-def _implementations(config, dtype) -> dict[str, str]:
-    """Which kernels read this model's full cache, as they say themselves."""
-    import jax
-
-    from pallas_kernels import decode_attention, extend_attention
-    from pallas_kernels.dispatch import chosen
-
-    slots, heads, size = 1024, config.num_kv_heads, config.head_dim
-    shape = lambda *axes, dtype=dtype: jax.ShapeDtypeStruct((1, heads, *axes), dtype)
-    group = config.num_heads // heads
-    source = decode_attention.Source(
-        shape(group, size), shape(size, slots), shape(slots, size), shape(slots, dtype="bool")
-    )
-    cases = (
-        ("decode_attention", decode_attention, (source,)),
-        ("extend_attention", extend_attention, shape(group, slots, size)),
-    )
-    return {op: chosen(op, module.IMPLEMENTATIONS, None, case) for op, module, case in cases}
 
 
 def _note(arguments, text):

@@ -31,11 +31,14 @@ def takes_all(*args, **options) -> None:
     """`why_not` of an implementation without limits."""
 
 
-def call(op: str, table: dict[str, Implementation], implementation: str | None, *args, **options):
+def call(op: str, table: dict[str, Implementation], implementation: str | Callable | None, *args, **options):
     """Runs `op`. args, options: trees of arrays, and of anything else that is fixed when the program is traced.
 
+    implementation: a name, None, or a function that is called in place of all: (op, table, *args, **options) -> the result.
     Raises: ValueError for a name that is not in the table; NotImplementedError if the named one cannot take the case.
     """
+    if callable(implementation):
+        return implementation(op, table, *args, **options)
     if implementation is not None:
         return table[chosen(op, table, implementation, *args, **options)].run(*args, **options)
     default = table[chosen(op, table, None, *args, platform=None, **options)].run

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 import tqdm
 from command_harness import BLOCK, LETTERS, after, assert_refused
@@ -381,16 +382,19 @@ def test_info(command):
 def test_info_asks_the_kernels(command, monkeypatch):
     """Each is offered this model's shapes, and one that refuses them is not named."""
     asked = []
-    picky = {"picky": Implementation(run=None, why_not=lambda case: asked.append(case) or "not on a Thursday")}
+    refuse = lambda *args, **options: asked.append(args) or "not on a Thursday"
+    picky = {"picky": Implementation(run=None, why_not=refuse)}
     for module in (decode_attention, extend_attention):
         monkeypatch.setattr(module, "IMPLEMENTATIONS", picky | module.IMPLEMENTATIONS)
     facts = json.loads(command("info", "--json", "--dtype", "bfloat16")[1])
     assert facts["implementations"] == {"decode_attention": "xla", "extend_attention": "xla"}
-    (source,), queries = asked
-    slots = source.live.shape[2]
-    shapes = [(1, 2, 2, 8), (1, 2, 8, slots), (1, 2, slots, 8), (1, 2, slots)]
-    assert [x.shape for x in source[:4]] == shapes and queries.shape == (1, 2, 2, slots, 8)
-    assert {x.dtype.name for x in (*source[:3], queries)} == {"bfloat16"} and source.live.dtype == bool
+    for ((tier, own),) in (args for args in asked if len(args) == 1):
+        assert tier.queries.shape == own.queries.shape == (1, 2, 2, 8) and own.queries.dtype == jnp.bfloat16
+        assert tier.keys.codes.shape == tier.values.codes.shape == (1, 2, 8, tier.live.shape[2])
+    for queries, keys, _, (tier,) in (args for args in asked if len(args) == 4):
+        assert queries.shape[:3] == (1, 2, 2) and keys.shape[:2] == (1, 2) and queries.dtype == jnp.bfloat16
+        assert tier.source.keys.shape[:3] == (1, 2, 8)
+    assert {len(args) for args in asked} == {1, 4}
 
 
 # Progress

@@ -32,6 +32,10 @@ STANDARD_ERRORS = 4  # of a share of random draws: seeds are fixed, and one in 1
 JACCARD = 0.9  # mean agreement of the 4-byte history of Scissorhands with the exact one (issue 3)
 BYTES = 0.01  # relative, of a program's arguments: scalars and flags that it takes beside the state
 GRADIENT = 5e-4  # absolute and relative: a float32 backward pass of two layers, against float64 central differences
+CONVOLUTION = 5e-6  # float32 sums of up to 5 terms of size 1 to 3, against float64
+CONVOLUTION_SUM = 2e-6  # relative to the largest: gradients of filters, float32 sums over all rows and positions
+CONVOLUTION_BF16 = 2**-8  # relative: such a sum of size 1 to 8, rounded to bfloat16 once
+DIFFERENCES = 1e-6  # float64 central differences of a function that is of second degree: rounding over the step of 1e-4
 QUANTIZED = 1e-5  # grid points of size 1 to 5, computed in float32 and in float64
 
 # Storage in bfloat16, whose relative rounding error is 2**-9

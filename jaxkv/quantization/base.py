@@ -9,14 +9,18 @@ step and outputs turned back once, never the entries.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.types import Array, Encoded
+from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize.arithmetic import LARGEST
 
-LARGEST = 1e30  # what an infinite key or value is stored as; its range still fits bfloat16
+__all__ = ["LARGEST", "Scheme", "encoded", "from_bits", "spread", "to_bits"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class Scheme:
     balanced: keys are multiplied by their row's balance before they are encoded, and queries divided.
     granule: adjacent slots that are encoded together, once, and leave together.
     keys_only: it makes no sense for values.
+    how: H -> what `pallas_kernels.quantize` is told to make of vectors of H channels; None: codes are a cast.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Scheme:
     balanced: bool = False
     granule: int = 1
     keys_only: bool = False
+    how: Callable[[int], Any] | None = None
 
     def check(self, channels: int) -> None:
         """Raises: ValueError if vectors of this many channels cannot be stored."""
@@ -75,17 +81,13 @@ def from_bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
 
 
-def finite(x: Array) -> Array:
-    """float32 with NaN as 0 and infinities as +-LARGEST, so that one bad number spoils one group, not a row."""
-    x = x.astype(jnp.float32)
-    return jnp.clip(jnp.where(jnp.isnan(x), 0.0, x), -LARGEST, LARGEST)
-
-
-def grouped(x: Array, size: int) -> Array:
-    """[..., H] -> [..., groups, channels]; a head no longer than `size`, or no multiple of it, is one group."""
-    channels = x.shape[-1]
-    size = channels if not size or channels % size else size
-    return x.reshape(*x.shape[:-1], -1, size)
+def encoded(x: Array, *, how: Callable[[int], Any]) -> Encoded:
+    """[..., H] in any float dtype, or [..., n, H] where n tokens share factors, by `pallas_kernels.quantize`."""
+    rows = x.shape[:-2] if x.ndim > 1 else ()
+    tokens = x.shape[-2] if x.ndim > 1 else 1
+    codes, factors = quantize(x.reshape(1, math.prod(rows), tokens, x.shape[-1]), how=how(x.shape[-1]))
+    back = lambda y: jnp.swapaxes(y, -1, -2).reshape(*rows, *(() if x.ndim == 1 else (-1,)), y.shape[2])
+    return Encoded(codes=back(codes), factors=tuple(map(back, factors)))
 
 
 def spread(factor: Array, channels: int, axis: int) -> Array:

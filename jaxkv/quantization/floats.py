@@ -11,10 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxkv.quantization.base import Scheme, finite, from_bits, grouped, spread, to_bits
+from jaxkv.quantization.base import Scheme, encoded, from_bits, spread, to_bits
 from jaxkv.types import Array, Encoded
-
-GROUP = 64
+from pallas_kernels.quantize import Float8
 
 F32 = Scheme(
     name="f32",
@@ -37,31 +36,16 @@ BF16 = Scheme(
 )
 
 
-def round_up(x: Array) -> Array:
-    """The smallest bfloat16 number that is not below x >= 0, as float32."""
-    near = x.astype(jnp.bfloat16)
-    return jnp.where(
-        near.astype(jnp.float32) < x, jnp.nextafter(near, jnp.asarray(jnp.inf, jnp.bfloat16)), near
-    ).astype(jnp.float32)
-
-
-def _encode(x: Array, *, dtype) -> Encoded:
-    groups = grouped(finite(x), GROUP)
-    factor = round_up(jnp.abs(groups).max(axis=-1) / float(jnp.finfo(dtype).max))
-    inverse = jnp.where(factor > 0, 1.0 / jnp.where(factor > 0, factor, 1.0), 0.0)
-    codes = jax.lax.bitcast_convert_type((groups * inverse[..., None]).astype(dtype), jnp.uint8)
-    return Encoded(codes=codes.reshape(x.shape), factors=(to_bits(factor),))
-
-
 def _decode(e: Encoded, axis: int, *, dtype) -> Array:
     x = jax.lax.bitcast_convert_type(e.codes, dtype).astype(jnp.float32)
     return x * spread(from_bits(e.factors[0]), x.shape[axis], axis)
 
 
 def _fp8(name, dtype, summary):
+    how = lambda channels: Float8(mantissa=jnp.finfo(dtype).nmant)
     return Scheme(
         name=name, summary=summary, bits=8, carrier="uint8", factors=1,
-        encode=functools.partial(_encode, dtype=dtype), decode=functools.partial(_decode, dtype=dtype),
+        encode=functools.partial(encoded, how=how), how=how, decode=functools.partial(_decode, dtype=dtype),
         level=lambda codes: jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32),
     )  # fmt: skip
 

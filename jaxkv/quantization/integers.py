@@ -12,25 +12,10 @@ import functools
 
 import jax.numpy as jnp
 
-from jaxkv.quantization.base import Scheme, finite, from_bits, grouped, spread, to_bits
-from jaxkv.quantization.floats import GROUP, round_up
-from jaxkv.quantization.packing import pack, unpack
+from jaxkv.quantization.base import Scheme, encoded, from_bits, spread
+from jaxkv.quantization.packing import unpack
 from jaxkv.types import Array, Encoded
-
-
-def encode(x: Array, *, bits: int) -> Encoded:
-    """[..., H] -> codes [..., H * bits / 8] uint8, factors (scale, zero) [..., groups] uint16."""
-    codes, factors = fit(grouped(finite(x), GROUP), bits)
-    return Encoded(codes=pack(codes.reshape(x.shape), bits), factors=factors)
-
-
-def fit(groups: Array, bits: int) -> tuple[Array, tuple[Array, Array]]:
-    """[..., group] float32 -> codes of that shape, uint8, and (scale, zero) [...] uint16."""
-    zero = from_bits(to_bits(groups.min(axis=-1)))
-    scale = round_up(jnp.maximum(groups.max(axis=-1) - zero, 0.0) / (2**bits - 1))
-    inverse = jnp.where(scale > 0, 1.0 / jnp.where(scale > 0, scale, 1.0), 0.0)
-    codes = jnp.clip(jnp.round((groups - zero[..., None]) * inverse[..., None]), 0, 2**bits - 1)
-    return codes.astype(jnp.uint8), (to_bits(scale), to_bits(zero))
+from pallas_kernels.quantize import Rounded
 
 
 def decode(e: Encoded, axis: int, *, bits: int) -> Array:
@@ -46,10 +31,11 @@ def level(codes: Array) -> Array:
 
 
 def _scheme(bits):
+    how = lambda channels: Rounded(bits=bits)
     return Scheme(
         name=f"int{bits}", summary=f"{bits} bits, round to nearest, scale and zero per 64 channels", bits=bits,
         carrier="uint8", factors=2, multiple={8: 1, 4: 2, 3: 8, 2: 4}[bits],
-        encode=functools.partial(encode, bits=bits), decode=functools.partial(decode, bits=bits), level=level,
+        encode=functools.partial(encoded, how=how), how=how, decode=functools.partial(decode, bits=bits), level=level,
     )  # fmt: skip
 
 

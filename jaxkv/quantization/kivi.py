@@ -13,19 +13,13 @@ import functools
 
 import jax.numpy as jnp
 
-from jaxkv.quantization.base import Scheme, finite, from_bits, spread
-from jaxkv.quantization.integers import fit, level
-from jaxkv.quantization.packing import pack, unpack
+from jaxkv.quantization.base import Scheme, encoded, from_bits, spread
+from jaxkv.quantization.integers import level
+from jaxkv.quantization.packing import unpack
 from jaxkv.types import Array, Encoded
+from pallas_kernels.quantize import Rounded
 
 GRANULE = 32  # tokens of a group
-
-
-def encode(x: Array, *, bits: int, granule: int) -> Encoded:
-    """[..., n, H], n a multiple of the granule -> codes [..., n, H * bits / 8], (scale, zero) [..., n / granule, H]."""
-    groups = jnp.swapaxes(finite(x).reshape(*x.shape[:-2], -1, granule, x.shape[-1]), -1, -2)
-    codes, factors = fit(groups, bits)
-    return Encoded(codes=pack(jnp.swapaxes(codes, -1, -2).reshape(x.shape), bits), factors=factors)
 
 
 def decode(e: Encoded, axis: int, *, bits: int) -> Array:
@@ -37,10 +31,11 @@ def decode(e: Encoded, axis: int, *, bits: int) -> Array:
 
 def scheme(bits: int, granule: int = GRANULE) -> Scheme:
     """Keys at so many bits in groups of so many tokens."""
+    how = lambda channels: Rounded(bits=bits, granule=granule)
     return Scheme(
         name=f"kivi{bits}", summary=f"{bits} bits, round to nearest, scale and zero per channel of {granule} tokens", bits=bits,
         carrier="uint8", factors=2, multiple={4: 2, 2: 4}[bits], granule=granule, keys_only=True,
-        encode=functools.partial(encode, bits=bits, granule=granule), decode=functools.partial(decode, bits=bits),
+        encode=functools.partial(encoded, how=how), how=how, decode=functools.partial(decode, bits=bits),
         level=level,
     )  # fmt: skip
 

@@ -1,28 +1,11 @@
-"""Codes of 1 to 8 bits in bytes. Adjacent channels of one token share a byte, so an append never reads a neighbour.
-
-4 bits   byte = c0 | c1 << 4                      H / 2 bytes
-2 bits   byte = c0 | c1 << 2 | c2 << 4 | c3 << 6   H / 4
-1 bit    eight channels                            H / 8
-3 bits   a plane of the low 2 bits, then a plane of the high bit: H / 4 + H / 8 = 3 H / 8
-"""
+"""Codes of 1 to 8 bits out of bytes; how they lie there, `pallas_kernels.quantize.xla` says."""
 
 import jax.numpy as jnp
 
 from jaxkv.types import Array
+from pallas_kernels.quantize.xla import PLANES, pack
 
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-
-
-def pack(codes: Array, bits: int) -> Array:
-    """[..., H] unsigned integers below 2**bits -> uint8 [..., H * bits / 8]; H a multiple of 8 / (narrowest plane)."""
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        part = ((codes >> shift) & ((1 << width) - 1)).astype(jnp.uint8)
-        part = part.reshape(*part.shape[:-1], -1, 8 // width)
-        places = (jnp.arange(8 // width, dtype=jnp.uint8) * width).reshape((1,) * (part.ndim - 1) + (-1,))
-        planes.append((part << places).sum(axis=-1, dtype=jnp.uint8))
-        shift += width
-    return jnp.concatenate(planes, axis=-1)
+__all__ = ["PLANES", "pack", "unpack"]
 
 
 def unpack(packed: Array, bits: int, axis: int) -> Array:

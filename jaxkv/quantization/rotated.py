@@ -19,9 +19,11 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.quantization.base import Scheme, finite, from_bits, to_bits
-from jaxkv.quantization.packing import pack, unpack
+from jaxkv.quantization.base import Scheme, encoded, from_bits
+from jaxkv.quantization.packing import unpack
 from jaxkv.types import Array, Encoded
+from pallas_kernels.quantize import Codebook
+from pallas_kernels.quantize.arithmetic import hadamard
 
 
 def lloyd_max(bits: int) -> np.ndarray:
@@ -61,16 +63,21 @@ CODEBOOK = {
 }
 
 
+def how(channels: int, *, bits: int) -> Codebook:
+    """What `pallas_kernels.quantize` is told."""
+    return Codebook(bits=bits, levels=tuple(CODEBOOK[bits].tolist()), signs=_signs(channels))
+
+
+@functools.cache
+def _signs(channels: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(20_250_428).choice([-1, 1], channels).tolist())
+
+
 @functools.cache
 def _rotation(channels: int) -> np.ndarray:
     """Orthogonal [H, H] float32: y = x @ R."""
-    block = channels & -channels
-    hadamard = np.ones((1, 1))
-    while len(hadamard) < block:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    signs = np.random.default_rng(20_250_428).choice([-1.0, 1.0], channels)
-    whole = np.kron(np.eye(channels // block), hadamard / np.sqrt(block))
-    return (signs[:, None] * whole).astype(np.float32)
+    matrix, block = hadamard(_signs(channels))
+    return (matrix / np.sqrt(block)).astype(np.float32)
 
 
 def rotate(x: Array) -> Array:
@@ -83,13 +90,6 @@ def unrotate(y: Array) -> Array:
     return jnp.einsum("...o,io->...i", y.astype(jnp.float32), _rotation(y.shape[-1]))
 
 
-def _nearest(y: Array, bits: int) -> Array:
-    """Index of the nearest level: how many midpoints lie below."""
-    levels = CODEBOOK[bits]
-    edges = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
-    return sum((y > edge).astype(jnp.uint8) for edge in edges)
-
-
 def _levels(codes: Array, bits: int) -> Array:
     """The levels of codes, float32."""
     a, b, c = CURVE[bits].astype(np.float32)
@@ -98,29 +98,17 @@ def _levels(codes: Array, bits: int) -> Array:
     return t * (a + square * (b + square * c)) if c else t * (a + square * b)
 
 
-def encode(x: Array, *, bits: int) -> Encoded:
-    """[..., H] -> codes [..., H * bits / 8] uint8, factors (factor,) [..., 1] uint16."""
-    y = rotate(finite(x))
-    largest = jnp.abs(y).max(axis=-1, keepdims=True)
-    safe = jnp.where(largest > 0, largest, 1.0)
-    y = y / safe  # squares of large numbers must not overflow
-    sigma = jnp.sqrt(jnp.mean(y * y, axis=-1, keepdims=True))
-    levels = _levels(_nearest(y / jnp.where(sigma > 0, sigma, 1.0), bits), bits)
-    factor = from_bits(to_bits((y * levels).sum(-1, keepdims=True) / (levels * levels).sum(-1, keepdims=True) * safe))
-    codes = _nearest(y * safe / jnp.where(factor > 0, factor, 1.0), bits)
-    return Encoded(codes=pack(codes, bits), factors=(to_bits(jnp.where(largest > 0, factor, 0.0)),))
-
-
 def decode(e: Encoded, axis: int, *, bits: int) -> Array:
     """In the rotated basis, float32."""
     return _levels(unpack(e.codes, bits, axis), bits) * from_bits(e.factors[0])
 
 
 def _scheme(bits):
+    told = functools.partial(how, bits=bits)
     return Scheme(
         name=f"rotated{bits}", summary=f"{bits} bits, Hadamard rotation and Lloyd-Max codebook, one factor", bits=bits,
         carrier="uint8", factors=1, multiple={4: 2, 3: 8, 2: 4}[bits], into_basis=rotate, out_of_basis=unrotate,
-        encode=functools.partial(encode, bits=bits), decode=functools.partial(decode, bits=bits),
+        encode=functools.partial(encoded, how=told), how=told, decode=functools.partial(decode, bits=bits),
         level=functools.partial(_levels, bits=bits),
     )  # fmt: skip
 
