@@ -42,3 +42,8 @@ HIDDEN_BF16_MODEL = 0.2  # bfloat16 model: about 20 roundings in a row on hidden
 ENTRIES_BF16_MODEL = 0.1  # keys and values that such a model leaves, half of those roundings; seen 0.04
 # Of rows that attention decided otherwise while decoding; seen: 2 in 8 under scissorhands' yes-or-no counts, else 1 at most
 UNDECIDED_BF16_SHARE = {"float32": 0.0, "bfloat16": 0.25}
+
+# Training
+LOSS = 2e-6  # relative, a float32 mean cross-entropy by two orders of the same sums
+LOSS_GRADIENT = 2e-5  # of that loss, relative to the largest entry of each gradient
+ADAM = 2e-6  # AdamW's arithmetic in float32 against float64, parameters of size 1 and rates of 0.1
