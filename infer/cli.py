@@ -14,12 +14,17 @@ import sys
 import threading
 
 
+PLUGINS = "jaxkv.commands"  # entry points: functions (subparsers) that add a subcommand
+
+
 class Refused(Exception):
     """Bad input: one line for the user, exit code 2."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, plugins=None) -> int:
     """Runs the command.
+
+    Args: plugins: functions that add subcommands; None = those of the entry point group "jaxkv.commands".
 
     Returns: the exit code; 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM if nothing came out or prompts of a
     batch were left, 141 if the reader of standard output went away.
@@ -28,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     signals = []
     try:
         with _interrupts(signals):
-            arguments = _parser().parse_args(argv)
+            arguments = _parser(plugins).parse_args(argv)
             arguments.signals = signals
             code = arguments.run(arguments)
             sys.stdout.flush()
@@ -102,7 +107,7 @@ def _whole(least: int):
     return number
 
 
-def _parser():
+def _parser(plugins=None):
     from infer.texts import TEXTS
 
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -159,6 +164,10 @@ def _parser():
     )
     sub = command("info", _info, "what a model is and what its cache costs")
     sub.add_argument("--json", action="store_true")
+    if plugins is None:
+        plugins = [entry.load() for entry in importlib.metadata.entry_points(group=PLUGINS)]
+    for add_command in plugins:
+        add_command(commands)
     return parser
 
 

@@ -46,9 +46,7 @@ def test_whole_documents_by_hand():
     """First fit: the rest of a document that is longer than a window goes beside the first; it learns across the cut."""
     windows = Windows(corpus([1, 2, 9], [3, 4, 5, 6, 7, 9], [8, 9]), sequence=5, whole=True, seed=None)
     rows = [windows(i, 0) for i in range(len(windows))]
-    np.testing.assert_array_equal(
-        [row["tokens"] for row in rows], [[1, 2, 9, 9, 0], [3, 4, 5, 6, 7], [8, 9, 0, 0, 0]]
-    )
+    np.testing.assert_array_equal([row["tokens"] for row in rows], [[1, 2, 9, 9, 0], [3, 4, 5, 6, 7], [8, 9, 0, 0, 0]])
     np.testing.assert_array_equal(rows[1]["targets"], [4, 5, 6, 7, 9])
     np.testing.assert_array_equal(rows[0]["segments"], [1, 1, 1, 2, 0])
     np.testing.assert_array_equal(rows[0]["positions"], [0, 1, 2, 0, 0])

@@ -88,7 +88,9 @@ def test_gradients_are_those_of_finite_differences():
                  "layers_1/mlp/down/kernel.lora_a", "layers_0/attention/output/kernel.lora_b"):  # fmt: skip
         way = gradients[path] / jnp.linalg.norm(gradients[path])
         step = 1e-2
-        slope = (loss(flat | {path: flat[path] + step * way}) - loss(flat | {path: flat[path] - step * way})) / (2 * step)
+        slope = (loss(flat | {path: flat[path] + step * way}) - loss(flat | {path: flat[path] - step * way})) / (
+            2 * step
+        )
         np.testing.assert_allclose(slope, jnp.linalg.norm(gradients[path]), rtol=5e-3, err_msg=path)
 
 

@@ -1,7 +1,7 @@
 """A recipe: all that decides what a run does, typed and frozen, and how the command line changes it.
 
-    RECIPE = Recipe(model=Model(...), data=Data(...), ...)          train/recipes/NAME.py, or any file of yours
-    python -m train NAME --steps 100 --optimizer.weight_decay 0     every field by its path
+RECIPE = Recipe(model=Model(...), data=Data(...), ...)          train/recipes/NAME.py, or any file of yours
+python -m train NAME --steps 100 --optimizer.weight_decay 0     every field by its path
 """
 
 import dataclasses
@@ -249,7 +249,9 @@ class Recipe:
                 " lower the other"
             )
         if self.model.base is None and self.data.tokenizer == "base":
-            raise TrainError("data.tokenizer 'base' needs model.base; accepted: bytes, characters, bpe:SIZE, a directory")
+            raise TrainError(
+                "data.tokenizer 'base' needs model.base; accepted: bytes, characters, bpe:SIZE, a directory"
+            )
         if self.lora.rank and self.model.base is None:
             raise TrainError("lora.rank needs model.base: adapters on random parameters would learn nothing useful")
 
@@ -374,7 +376,9 @@ def _parse(path, kind, text):
         return kind(text.replace("_", "") if kind is int else text)
     except (ValueError, KeyError):
         name = {bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
-        raise TrainError(f"--{path} {text!r} cannot be read; {name}{' or none' if optional else ''} is needed") from None
+        raise TrainError(
+            f"--{path} {text!r} cannot be read; {name}{' or none' if optional else ''} is needed"
+        ) from None
 
 
 def to_json(recipe: Recipe) -> str:

@@ -82,7 +82,9 @@ def _huggingface(source, field):
     try:
         import datasets
     except ImportError as error:
-        raise TrainError(f"{source} needs the package datasets, which is not installed: pip install datasets") from error
+        raise TrainError(
+            f"{source} needs the package datasets, which is not installed: pip install datasets"
+        ) from error
     try:
         rows = datasets.load_dataset(parts[0], *parts[1:-1], split=parts[-1])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -1,6 +1,6 @@
 """Cross-entropy of the next token, a block of positions at a time: [B, T, V] logits never exist, forward or backward.
 
-    loss = sum_i w_i (lse_i - y_i[target_i]) + z sum_i w_i lse_i^2        y = logits in float32, lse = log sum exp y
+loss = sum_i w_i (lse_i - y_i[target_i]) + z sum_i w_i lse_i^2        y = logits in float32, lse = log sum exp y
 """
 
 from typing import NamedTuple

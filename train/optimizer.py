@@ -5,6 +5,7 @@ freezing, adapters and sharding.
 """
 
 import fnmatch
+import functools
 from collections.abc import Mapping
 
 import flax.traverse_util
@@ -36,7 +37,9 @@ def check_patterns(name: str, patterns, paths) -> None:
     """Raises: TrainError for a pattern that no path matches: it is a slip of the pen."""
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
-            raise TrainError(f"{name}: no parameter matches {pattern!r}; paths are such as {', '.join(sorted(paths)[:3])}")
+            raise TrainError(
+                f"{name}: no parameter matches {pattern!r}; paths are such as {', '.join(sorted(paths)[:3])}"
+            )
 
 
 def split_frozen(flat: Flat, frozen) -> tuple[Flat, Flat]:
@@ -95,11 +98,22 @@ def make_schedule(schedule: Schedule, rate: float, steps: int) -> optax.Schedule
     warmup = schedule.warmup
     if warmup >= steps:
         raise TrainError(f"schedule.warmup {warmup} leaves none of the {steps} steps; lower it")
-    main = SCHEDULES[schedule.name](rate, schedule, steps - warmup)
-    if not warmup:
-        return main
-    rise = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
-    return optax.join_schedules([rise, main], [warmup])
+    made = SCHEDULES[schedule.name](rate, schedule, steps - warmup)
+    if warmup:
+        rise = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+        made = optax.join_schedules([rise, made], [warmup])
+    return _promoting(made)
+
+
+def _promoting(function):
+    """optax mixes counts and floats, also where JAX is told to be strict."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return run
 
 
 def make_optimizer(optimizer: Optimizer, schedule: optax.Schedule, trained) -> optax.GradientTransformation:
@@ -117,4 +131,5 @@ def make_optimizer(optimizer: Optimizer, schedule: optax.Schedule, trained) -> o
         parts.append(optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
     for value in sorted(set(factors.values()) - {1.0}):
         parts.append(optax.masked(optax.scale(value), {path: f == value for path, f in factors.items()}))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    made = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    return optax.GradientTransformation(_promoting(made.init), _promoting(made.update))

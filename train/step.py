@@ -61,7 +61,13 @@ def batch_loss(flat: Flat, batch: Batch, plan: Plan) -> Sums:
     )  # fmt: skip
     head = {"head": prepare(params["head"])}
     return token_losses(
-        head, hidden, batch["targets"], batch["weights"], config=plan.config, z_loss=plan.z_loss, tokens=plan.loss_tokens
+        head,
+        hidden,
+        batch["targets"],
+        batch["weights"],
+        config=plan.config,
+        z_loss=plan.z_loss,
+        tokens=plan.loss_tokens,
     )
 
 
@@ -77,7 +83,7 @@ def _gradients(trained: Flat, frozen: Flat, batch: Batch, total: Array, plan: Pl
 
 def train_step(state: TrainState, batch: Batch, *, plan: Plan, schedule: optax.Schedule):
     """One step. Returns: the state; metrics, scalars float32: loss (cross-entropy, nats per token), accuracy, tokens
-    (with a weight), gradient_norm, learning_rate."""
+    (with a weight), gradient_norm, update_norm, learning_rate."""
     total = jnp.maximum(batch["weights"].sum(), 1.0)
     if plan.parts == 1:
         gradients, sums = _gradients(state.trained, state.frozen, batch, total, plan)
@@ -95,7 +101,8 @@ def train_step(state: TrainState, batch: Batch, *, plan: Plan, schedule: optax.S
         "loss": sums.cross_entropy / total,
         "accuracy": sums.right / total,
         "tokens": sums.weight,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
+        "update_norm": optax.tree.norm(updates),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     if plan.z_loss:
