@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 
-
 PLUGINS = "jaxkv.commands"  # entry points: functions (subparsers) that add a subcommand
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxkv.checkpoints import CheckpointError, Generation, Tokenizer, load_tokenizer, open_checkpoint
+from jaxkv.checkpoints import Generation, Tokenizer, load_tokenizer, open_checkpoint
 from jaxkv.config import DecoderConfig
 from jaxkv.decoder import init_params
 from train.checkpoint import open_run

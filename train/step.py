@@ -12,8 +12,8 @@ from jaxkv.causal import causal_forward
 from jaxkv.config import DecoderConfig
 from jaxkv.types import Array
 from train.config import Lora
-from train.losses import Sums, token_losses
 from train.lora import adapted
+from train.losses import Sums, token_losses
 from train.optimizer import Flat, flatten, unflatten
 
 Batch = dict[str, Array]
