@@ -120,6 +120,7 @@ def _parser(plugins=None):
         group = sub.add_argument_group("model")
         group.add_argument("--model", default="smollm2", help="name, directory, .gguf file or Hugging Face id")
         group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
+        group.add_argument("--adapter", help="folder of LoRA adapters to add to the model")
         group.add_argument("--revision", help="of a Hugging Face id")
         group.add_argument("--token", help="for a Hugging Face id")
         group.add_argument("--offline", action="store_true", help="use only what the hub's cache folder holds")
@@ -200,7 +201,7 @@ def _load(arguments, *, text: bool = True):
     with _Bar(arguments, "loading", "B") as bar:
         lm = infer.load(
             arguments.model, dtype=arguments.dtype, revision=arguments.revision, token=arguments.token,
-            offline=arguments.offline, progress=bar,
+            offline=arguments.offline, progress=bar, adapter=arguments.adapter,
         )  # fmt: skip
     if text and lm.tokenizer is None:
         raise Refused(f"{arguments.model} has no tokenizer.json; without one only --jsonl with token ids works")

@@ -12,14 +12,11 @@ from train.config import (
     Optimizer,
     Recipe,
     TrainError,
-    changed_fields,
     decoder_config,
-    fields,
     find_recipe,
-    override,
     recipes,
-    to_json,
 )
+from train.fields import changed_fields, fields, override, to_json
 
 MODEL = Model(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64)
 RECIPE = Recipe(

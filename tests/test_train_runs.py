@@ -15,7 +15,8 @@ from train.checkpoint import Checkpoints
 from train.config import (
     Checkpoints as Keeping,
 )
-from train.config import Data, Evaluation, Logging, Model, Optimizer, Recipe, Schedule, TrainError, override
+from train.config import Data, Evaluation, Logging, Model, Optimizer, Recipe, Schedule, TrainError
+from train.fields import override
 from train.loop import train
 from train.prepare import prepare
 from train.report import read_metrics

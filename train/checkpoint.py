@@ -1,6 +1,6 @@
 """Checkpoints by orbax: written beside the run, atomically, by a thread of their own.
 
-    out/recipe.json                    of the run that the folder belongs to
+    out/recipe.json, tokenizer         of the run that the folder belongs to
     out/checkpoints/STEP/arrays        parameters, optimizer, key, step: what cannot be made again
                         /meta          recipe, data iterator, fingerprints of data and base, shapes
     out/damaged/STEP                   a checkpoint that could not be read, put aside
@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.config import Recipe, TrainError, changed_fields, to_json
+from jaxkv.checkpoints import Tokenizer
+from train.config import Recipe, TrainError
+from train.fields import changed_fields, to_json
 from train.step import TrainState
 
-RECIPE, FOLDER, DAMAGED = "recipe.json", "checkpoints", "damaged"
+RECIPE, TOKENIZER, FOLDER, DAMAGED = "recipe.json", "tokenizer", "checkpoints", "damaged"
 
 
 def open_run(recipe: Recipe) -> bool:
@@ -52,13 +54,17 @@ def open_run(recipe: Recipe) -> bool:
     return True
 
 
-def begin_run(recipe: Recipe) -> None:
-    """Makes the folder this run's."""
+def begin_run(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Makes the folder this run's. Raises: TrainError if it cannot be written."""
     from infer.files import replace_file
 
     folder = pathlib.Path(recipe.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / RECIPE, to_json(recipe).encode())
+    try:
+        (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder / TOKENIZER)
+        replace_file(folder / RECIPE, to_json(recipe).encode())
+    except OSError as error:
+        raise TrainError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def to_arrays(state: TrainState) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(words: list[str]) -> int:
     """Runs the subcommand. Returns: the exit code, 130 if the run was stopped and saved."""
-    from train.config import fields, find_recipe, override, recipes
+    from train.config import find_recipe, recipes
+    from train.fields import fields, override
 
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)

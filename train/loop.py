@@ -12,17 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxkv.checkpoints import save
+from jaxkv.checkpoints import save, save_adapters
 from train.checkpoint import Checkpoints, begin_run, fingerprint
-from train.config import TrainError, to_json
+from train.config import Recipe, TrainError
 from train.data import first_batches, make_batches
+from train.fields import to_json
+from train.lora import A, B
 from train.optimizer import flatten
-from train.prepare import TOKENIZER, Prepared, first_state
+from train.prepare import Prepared, first_state
 from train.report import Report, draw_curves, peak_flops, step_flops
 from train.sharding import put_batch
 from train.step import TrainState, evaluation_step, merged, train_step
 
-MODEL = "model"  # folder in a run's
+MODEL, ADAPTER = "model", "adapter"  # folders in a run's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,89 +47,107 @@ def train(prepared: Prepared, *, quiet: bool = False) -> Result:
 
     # The folder, and where to go on
 
-    begin_run(recipe)
-    tokenizer = pathlib.Path(recipe.out) / TOKENIZER
-    tokenizer.mkdir(exist_ok=True)
-    prepared.tokenizer.save(tokenizer)
+    begin_run(recipe, prepared.tokenizer)
     checkpoints = Checkpoints(recipe.out, keep=recipe.checkpoints.keep)
+    with contextlib.closing(checkpoints):
+        state, batches, identity = _start(prepared, checkpoints)
+        start = int(state.step)
+        report = _report(prepared, start, quiet)
+        if start:
+            report.say(f"going on from the checkpoint of step {start}")
+
+        # The steps
+
+        with _stop_signal() as stopped, contextlib.closing(report):
+            settle = Settle(checkpoints, report, recipe)
+            step_function, evaluate = compiled(prepared)
+            for step in range(start + 1, recipe.steps + 1):
+                state, metrics = step_function(state, put_batch(next(batches), prepared.mesh))
+                settle(step, metrics)
+                stopping = stopped.is_set()
+                last = stopping or step == recipe.steps
+                saving = last or _due(step, recipe.checkpoints.every)
+                evaluating = (last and not stopping) or _due(step, recipe.evaluation.every)
+                loss = None
+                if saving or evaluating:
+                    settle()  # nothing is stored or evaluated that is not known to be good
+                if evaluating:
+                    state, loss = _evaluate(prepared, state, evaluate, report)
+                if saving:
+                    checkpoints.save(state, identity | {"data": batches.get_state()}, loss=loss)
+                if last:
+                    break
+            checkpoints.wait()
+
+            # The result
+
+            done = int(state.step)
+            if done < recipe.steps:
+                report.say(f"stopped after step {done}, which is saved; the same command goes on from there")
+                return Result(done, None, settle.losses)
+            report.say(f"model in {export(prepared, state)}")
+            if recipe.logging.curves:
+                report.say(draw_curves(recipe.out))
+    return Result(done, pathlib.Path(recipe.out) / MODEL, settle.losses)
+
+
+class Settle:
+    """Reads the metrics of a step once the next one is under way, so that the device never waits for them.
+
+    Called with a step's metrics it reads those before; with nothing, all. losses: by step, of those that were read.
+    Raises: TrainError if one is no number.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, report: Report, recipe: Recipe):
+        self._checkpoints, self._report, self._recipe = checkpoints, report, recipe
+        self._waiting: tuple[int, Any] | None = None
+        self.losses: dict[int, float] = {}
+
+    def __call__(self, step: int | None = None, metrics=None) -> None:
+        waiting, self._waiting = self._waiting, None if step is None else (step, metrics)
+        if waiting is None:
+            return
+        step, metrics = waiting[0], {name: float(x) for name, x in waiting[1].items()}
+        _check_finite(step, metrics, self._checkpoints, self._recipe.out)
+        self.losses[step] = metrics["loss"]
+        self._report.step(step, metrics, write=step % self._recipe.logging.every == 0 or step == self._recipe.steps)
+
+
+def _start(prepared: Prepared, checkpoints: Checkpoints):
+    """Returns: the state to go on from; the batches behind it; what a checkpoint says of the run it belongs to."""
+    recipe = prepared.recipe
     state = first_state(prepared)
-    frozen = fingerprint(state.frozen)
-    batches = iter(make_batches(
-        prepared.windows, batch=recipe.batch, seed=recipe.seed, process=jax.process_index(), processes=jax.process_count(),
-    ))  # fmt: skip
+    identity = {
+        "recipe": to_json(recipe),
+        "data_fingerprint": prepared.data,
+        "frozen_fingerprint": fingerprint(state.frozen),
+    }
+    batches = make_batches(
+        prepared.windows,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    batches = iter(batches)
     restored = checkpoints.restore(dataclasses.replace(prepared.shapes, frozen=state.frozen))
     if restored is not None:
         state, meta = restored
-        _check_same(meta, prepared, frozen)
+        _check_same(meta, identity, recipe.out)
         batches.set_state(meta["data"])
-    start = int(state.step)
+    return state, batches, identity
 
-    # What is told
 
+def _report(prepared: Prepared, start: int, quiet: bool) -> Report:
+    recipe, shapes = prepared.recipe, prepared.shapes
+    everything = shapes.trained | shapes.frozen
+    matrices = sum(x.size for path, x in everything.items() if x.ndim == 2 and not path.startswith("embedder"))
     tokens = recipe.batch * recipe.sequence
-    matrices = sum(x.size for path, x in prepared.shapes.trained.items() if x.ndim == 2 and "embedder" not in path)
-    report = Report(
+    return Report(
         recipe.out, steps=recipe.steps, start=start, quiet=quiet, tensorboard=recipe.logging.tensorboard,
         flops=step_flops(prepared.config, parameters=matrices, tokens=tokens, sequence=recipe.sequence),
         peak=peak_flops(prepared.mesh.devices.flatten()),
     )  # fmt: skip
-    if restored is not None:
-        report.say(f"going on from the checkpoint of step {start}")
-    elif prepared.resumes:
-        report.say("the folder has no checkpoint of this run yet; starting from the first step")
-
-    # The steps
-
-    def meta():
-        return {
-            "recipe": to_json(recipe), "data": batches.get_state(), "data_fingerprint": prepared.data,
-            "frozen_fingerprint": frozen,
-        }  # fmt: skip
-
-    step_function, evaluate = compiled(prepared)
-    losses: dict[int, float] = {}
-    waiting: tuple[int, Any] | None = None  # metrics of the step before, while the next one runs
-
-    def settle():
-        nonlocal waiting
-        if waiting is None:
-            return
-        step, metrics = waiting[0], {name: float(x) for name, x in waiting[1].items()}
-        waiting = None
-        _check_finite(step, metrics, checkpoints, recipe.out)
-        losses[step] = metrics["loss"]
-        report.step(step, metrics, write=step % recipe.logging.every == 0 or step == recipe.steps)
-
-    with _stop_signal() as stopped, contextlib.closing(checkpoints), contextlib.closing(report):
-        for step in range(start + 1, recipe.steps + 1):
-            state, metrics = step_function(state, put_batch(next(batches), prepared.mesh))
-            settle()
-            waiting = (step, metrics)
-            last = step == recipe.steps or stopped.is_set()
-            evaluating = last and not stopped.is_set() or _due(step, recipe.evaluation.every)
-            loss = None
-            if evaluating or last or _due(step, recipe.checkpoints.every):
-                settle()  # nothing is stored or evaluated that is not known to be good
-            if evaluating:
-                report.stop_clock()
-                state, loss = _evaluate(prepared, state, evaluate, report)
-                report.restart_clock()
-            if last or _due(step, recipe.checkpoints.every):
-                checkpoints.save(state, meta(), loss=loss)
-            if last:
-                break
-        checkpoints.wait()
-        done = int(state.step)
-        if done < recipe.steps:
-            report.say(f"stopped after step {done}, which is saved; the same command goes on from there")
-            return Result(done, None, losses)
-
-        # The result
-
-        report.say(f"model in {export(prepared, state)}")
-        if recipe.logging.curves:
-            report.say(draw_curves(recipe.out))
-    return Result(done, pathlib.Path(recipe.out) / MODEL, losses)
 
 
 def compiled(prepared: Prepared):
@@ -139,18 +159,17 @@ def compiled(prepared: Prepared):
 
 
 def export(prepared: Prepared, state: TrainState) -> pathlib.Path:
-    """The model as a directory of safetensors, adapters merged, float32. Returns: where."""
-    folder = pathlib.Path(prepared.recipe.out) / MODEL
-    params = _whole(merged(state, lora=prepared.recipe.lora))
+    """The model as a directory of safetensors, adapters merged, and those alone beside it. Returns: where the model is."""
+    recipe, config = prepared.recipe, prepared.config
+    folder = pathlib.Path(recipe.out) / MODEL
+    params, trained = _whole(merged(state, lora=recipe.lora)), _whole(state.trained)
     if jax.process_index() == 0:
-        save(
-            folder,
-            prepared.config,
-            params,
-            tokenizer=prepared.tokenizer,
-            generation=prepared.generation,
-            overwrite=True,
-        )
+        save(folder, config, params, tokenizer=prepared.tokenizer, generation=prepared.generation, overwrite=True)
+        if recipe.lora.rank:
+            kernels = [path.removesuffix(A) for path in trained if path.endswith(A)]
+            pairs = {tuple(path.split("/")): (trained[path + A], trained[path + B]) for path in kernels}
+            place = pathlib.Path(recipe.out) / ADAPTER
+            save_adapters(place, config, pairs, alpha=recipe.lora.alpha, base=recipe.model.base)
     return folder
 
 
@@ -167,14 +186,14 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_same(meta, prepared: Prepared, frozen: str) -> None:
-    for name, now, what in (
-        ("data_fingerprint", prepared.data, "the training text"),
-        ("frozen_fingerprint", frozen, "the parameters that are not trained"),
+def _check_same(meta, identity, out: str) -> None:
+    for name, what in (
+        ("data_fingerprint", "the training text"),
+        ("frozen_fingerprint", "the parameters that are not trained"),
     ):
-        if meta[name] != now:
+        if meta[name] != identity[name]:
             raise TrainError(
-                f"{what} changed since the checkpoint in {prepared.recipe.out} was written ({meta[name]} -> {now}); bring the"
+                f"{what} changed since the checkpoint in {out} was written ({meta[name]} -> {identity[name]}); bring the"
                 " old one back, or choose another --out"
             )
 
@@ -192,6 +211,7 @@ def _check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints
 
 def _evaluate(prepared: Prepared, state: TrainState, evaluate, report: Report) -> tuple[TrainState, float | None]:
     """Validation loss, and a sample from a budgeted cache. Returns: the state with its key moved on; the loss."""
+    report.stop_clock()
     recipe, loss, text = prepared.recipe, None, None
     asked = recipe.evaluation
     if asked.tokens:
@@ -207,6 +227,7 @@ def _evaluate(prepared: Prepared, state: TrainState, evaluate, report: Report) -
         report.validation(int(state.step), loss, loss / math.log(2) / prepared.bytes_per_token, text)
     elif text is not None:
         report.say(f"step {int(state.step)}, sample:\n  | " + text.replace("\n", "\n  | "))
+    report.restart_clock()
     return state, loss
 
 

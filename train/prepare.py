@@ -1,6 +1,7 @@
 """From a recipe to all that a run needs, every refusal included: nothing is compiled or written here."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -12,15 +13,13 @@ from jax.sharding import Mesh
 from jaxkv.checkpoints import Generation, Tokenizer, load_tokenizer, open_checkpoint
 from jaxkv.config import DecoderConfig
 from jaxkv.decoder import init_params
-from train.checkpoint import open_run
+from train.checkpoint import TOKENIZER, open_run
 from train.config import Recipe, TrainError, decoder_config
 from train.data import Windows, check_vocabulary, load_texts, make_corpus, make_tokenizer
 from train.lora import make_adapters
 from train.optimizer import flatten, make_optimizer, make_schedule, split_frozen
 from train.sharding import check_batch, make_mesh, state_shardings
 from train.step import Plan, TrainState
-
-TOKENIZER = "tokenizer"  # folder in a run's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +108,6 @@ def _check_optional(recipe: Recipe) -> None:
 
 def _tokenizer(recipe, texts, base, resumes) -> Tokenizer:
     """A run that goes on has the tokenizer that it had."""
-    import pathlib
-
     folder = pathlib.Path(recipe.out) / TOKENIZER
     if resumes and (folder / "tokenizer.json").exists():
         return load_tokenizer(folder)
