@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import shutil
 import signal
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +23,7 @@ from train.fields import override
 from train.loop import train
 from train.prepare import prepare
 from train.report import read_metrics
+from train.step import TrainState
 
 pytest.importorskip("grain")
 STEPS = 6
@@ -162,12 +166,19 @@ def test_a_checkpoint_of_another_model(copy, recipe):
 
 
 def test_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
-    """At the step, with the last good checkpoint named; nothing of it is stored."""
-    words = ("--optimizer.learning_rate", "1e38", "--optimizer.clip", "none", "--schedule.warmup", "0")
-    with pytest.raises(TrainError, match=r"step [23]: \w+ is (nan|inf); (the last good|there is no) checkpoint"):
-        run(recipe, tmp_path / "run", *words, "--checkpoints.every", "1")
+    """At the step, with the last good checkpoint named; nothing after it is stored."""
+    import train.loop
+
+    real, count = train.loop.put_batch, iter(range(1, 100))
+
+    def poison(batch, mesh):
+        return real(batch | ({"weights": batch["weights"] * np.float32("nan")} if next(count) == 3 else {}), mesh)
+
+    monkeypatch.setattr(train.loop, "put_batch", poison)
+    with pytest.raises(TrainError, match=r"step 3: \w+ is nan; the last good checkpoint is of step 2 in"):
+        run(recipe, tmp_path / "run", "--checkpoints.every", "1", "--evaluation.every", "0")
     kept = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
-    assert set(kept) <= {1}
+    assert max(kept) == 2
 
 
 @pytest.mark.parametrize(
@@ -181,6 +192,7 @@ def test_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
         (("--optimizer.frozen", "*"), "leaves nothing to train"),
         (("--schedule.warmup", "6"), "leaves none of the 6 steps"),
         (("--data.tokenizer", "words"), "'words' is not known"),
+        (("--model.qk_norm", "true", "--model.window", "8"), "cannot express"),
         (("--sequence", "32", "--data.validation_share", "0.999"), "fewer than one sequence of 32"),
     ],
 )
@@ -188,3 +200,32 @@ def test_refusals_before_anything_is_written(recipe, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run(recipe, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_that_is_not_installed(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(TrainError, match="logging.tensorboard needs tensorboardX: pip install"):
+        run(recipe, tmp_path / "run", "--logging.tensorboard", "true")
+
+
+def test_a_full_disk(tmp_path):
+    """Files may not grow beyond what the second checkpoint needs: a named error, and the first is still there."""
+    draw = lambda seed: jax.random.normal(jax.random.key(seed), (1 << 18,))
+    state = lambda step: TrainState(
+        step=jnp.int32(step), trained={"a": draw(step)}, frozen={}, optimizer=(), key=jnp.zeros(2, jnp.uint32)
+    )
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints.save(state(1), {"data": {}}, loss=None)
+    checkpoints.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
+    try:
+        with pytest.raises(TrainError, match="cannot be written to .*; the last good one is of step 1"):
+            checkpoints.save(state(2), {"data": {}}, loss=None)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = Checkpoints(str(tmp_path), keep=2)
+    found, meta = again.restore(state(0))
+    assert int(found.step) == 1 and (found.trained["a"] == draw(1)).all() and meta["data"] == {}
+    again.close()

@@ -23,6 +23,7 @@ from train.fields import changed_fields, to_json
 from train.step import TrainState
 
 RECIPE, TOKENIZER, FOLDER, DAMAGED = "recipe.json", "tokenizer", "checkpoints", "damaged"
+DAMAGE = (OSError, KeyError, ValueError)  # what orbax and tensorstore raise about bad files, beside Exception itself
 
 
 def open_run(recipe: Recipe) -> bool:
@@ -59,12 +60,23 @@ def begin_run(recipe: Recipe, tokenizer: Tokenizer) -> None:
     from infer.files import replace_file
 
     folder = pathlib.Path(recipe.out)
+    together("checked")  # before the first process makes the folder look different to others
+    if jax.process_index():
+        return
     try:
         (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / TOKENIZER)
         replace_file(folder / RECIPE, to_json(recipe).encode())
     except OSError as error:
         raise TrainError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def together(name: str) -> None:
+    """Waits for all processes, if there are several."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def to_arrays(state: TrainState) -> dict[str, Any]:
@@ -157,22 +169,27 @@ class Checkpoints:
         Damaged ones are said aloud and put aside.
         Raises: TrainError for checkpoints of another model.
         """
-        import orbax.checkpoint as ocp
-
         arrays = to_arrays(like)
         for step in reversed(self.steps()):
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-                if meta is None:
-                    raise ValueError("its description is missing")
-                _check_shapes(meta["shapes"], _shapes(arrays), f"{self._out / FOLDER}/{step}")
-                found = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays)))
-                return from_arrays(found.arrays, like), meta
+                return self._read(step, like, arrays)
             except TrainError:
                 raise
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-                self._put_aside(step, error)
+            except Exception as error:  # orbax raises this very class where an array cannot be read
+                if type(error) is not Exception and not isinstance(error, DAMAGE):
+                    raise
+                self._put_aside(step, error.__cause__ or error)
         return None
+
+    def _read(self, step: int, like: TrainState, arrays) -> tuple[TrainState, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if not isinstance(meta, dict) or "shapes" not in meta:
+            raise OSError("its description is missing")
+        _check_shapes(meta["shapes"], _shapes(arrays), f"{self._out / FOLDER}/{step}")
+        found = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays)))
+        return from_arrays(found.arrays, like), meta
 
     def _put_aside(self, step: int, error: Exception) -> None:
         folder = self._out / DAMAGED
@@ -181,7 +198,9 @@ class Checkpoints:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         print(f"the checkpoint of step {step} is damaged ({reason}); moved to {place}", file=sys.stderr)
         self._manager.close()
-        (self._out / FOLDER / str(step)).rename(place)
+        if jax.process_index() == 0:
+            (self._out / FOLDER / str(step)).rename(place)
+        together(f"put aside {step}")
         self._manager = self._open()
 
 

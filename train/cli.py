@@ -34,6 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compilation-cache", default=cli._cache_folder(), help="folder of compiled programs; '' = none"
     )
+    group = parser.add_argument_group("several processes, each with its own part of the devices and of every batch")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; 'auto' on a cluster that JAX knows")
+    group.add_argument("--processes", type=int, help="how many")
+    group.add_argument("--process", type=int, help="which one this is, from 0")
     parser.add_argument("--quiet", action="store_true", help="nothing on standard error")
     return parser
 
@@ -61,6 +65,15 @@ def run(words: list[str]) -> int:
         raise cli.Refused("--compile-for needs --dry-run: it compiles for chips that are not here")
     if arguments.compilation_cache:
         cli._keep_compiled(arguments)
+    if arguments.coordinator:
+        import jax
+
+        known = (
+            () if arguments.coordinator == "auto" else (arguments.coordinator, arguments.processes, arguments.process)
+        )
+        if None in known:
+            raise cli.Refused("--coordinator HOST:PORT needs --processes and --process")
+        jax.distributed.initialize(*known)
 
     from train.prepare import prepare
 

@@ -191,7 +191,8 @@ def check_vocabulary(tokenizer: Tokenizer, size: int, *, exact: bool) -> None:
 
 
 def make_corpus(texts: Sequence[str], tokenizer: Tokenizer, *, what: str = "training text") -> Corpus:
-    """Tokens of the documents, each closed by the tokenizer's end of a text, if it has one.
+    """Tokens of the documents, each opened by the tokenizer's start of a text, if it asks for one, and closed by its end, if
+    it has one.
 
     Raises: TrainError for an empty corpus, and for characters that a character tokenizer does not have.
     """
@@ -202,7 +203,7 @@ def make_corpus(texts: Sequence[str], tokenizer: Tokenizer, *, what: str = "trai
         unknown = sorted(set(text) - letters) if letters is not None else []
         if unknown:
             raise TrainError(f"the {what} has characters that the tokenizer lacks: {' '.join(map(repr, unknown[:5]))}")
-        parts.append(np.asarray(tokenizer.encode(text) + end, np.int32))
+        parts.append(np.asarray(tokenizer.encode(text, add_bos=tokenizer.add_bos) + end, np.int32))
     lengths = np.array([len(part) for part in parts], np.int64)
     if not lengths.sum():
         raise TrainError(f"the {what} is empty")

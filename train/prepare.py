@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxkv.checkpoints import Generation, Tokenizer, load_tokenizer, open_checkpoint
+from jaxkv.checkpoints.huggingface_config import config_to_json
 from jaxkv.config import DecoderConfig
 from jaxkv.decoder import init_params
 from train.checkpoint import TOKENIZER, open_run
@@ -24,7 +25,7 @@ from train.step import Plan, TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run before its first step. base: the parameters it goes on from, by path, on one device; None = random ones.
+    """A run before its first step. base: the parameters it goes on from, by path, on the host; None = random ones.
 
     validation: None if there is no validation text. bytes_per_token: of that text. data: fingerprint of the training
     tokens. shapes: a `TrainState` of shapes with shardings. resumes: whether the folder holds this run already.
@@ -78,14 +79,16 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
         validation = Windows(text, **options)
         bytes_per_token = sum(len(one.encode()) for one in validating) / len(text.tokens)
     _check_sample(recipe, config, tokenizer)
-    flat = flatten(base.params) if base else None
+    generation = base.generation if base else Generation(eos_ids=tokenizer.eos_ids)
+    config_to_json(config, dtype="float32", generation=generation)  # what cannot be exported is refused now
+    flat = {path: np.asarray(x) for path, x in flatten(base.params).items()} if base else None
     shapes, optimizer = _state_shapes(recipe, config, flat, schedule)
     with_places = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, state_shardings(shapes, mesh)
     )
     return Prepared(
         recipe=recipe, config=config, tokenizer=tokenizer, windows=windows, validation=validation,
-        generation=base.generation if base else Generation(eos_ids=tokenizer.eos_ids), bytes_per_token=bytes_per_token,
+        generation=generation, bytes_per_token=bytes_per_token,
         data=corpus.fingerprint, base=flat, mesh=mesh, schedule=schedule, shapes=with_places, resumes=resumes,
         plan=Plan(
             config=config, optimizer=optimizer, lora=recipe.lora, dtype=recipe.compute.dtype, remat=recipe.compute.remat,
@@ -173,6 +176,4 @@ def first_state(prepared: Prepared) -> TrainState:
             optimizer=prepared.plan.optimizer.init(trained), key=jax.random.key_data(key),
         )  # fmt: skip
 
-    if base is not None:
-        base = {path: np.asarray(x) for path, x in base.items()}  # from its one device, wherever the mesh wants it
     return jax.jit(build, out_shardings=places)(base)
