@@ -208,24 +208,36 @@ def test_tensorboard_that_is_not_installed(recipe, tmp_path, monkeypatch):
         run(recipe, tmp_path / "run", "--logging.tensorboard", "true")
 
 
+def small_state(step):
+    return TrainState(
+        step=jnp.int32(step), trained={"a": jax.random.normal(jax.random.key(step), (1 << 18,))}, frozen={}, optimizer=(),
+        key=jnp.zeros(2, jnp.uint32),
+    )  # fmt: skip
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 1.5), (4, None)):
+        checkpoints.save(small_state(step), {"data": {}}, loss=loss)
+    checkpoints.wait()
+    assert (checkpoints.steps(), checkpoints.best()) == ([2, 4], 2)
+    checkpoints.close()
+
+
 def test_a_full_disk(tmp_path):
     """Files may not grow beyond what the second checkpoint needs: a named error, and the first is still there."""
-    draw = lambda seed: jax.random.normal(jax.random.key(seed), (1 << 18,))
-    state = lambda step: TrainState(
-        step=jnp.int32(step), trained={"a": draw(step)}, frozen={}, optimizer=(), key=jnp.zeros(2, jnp.uint32)
-    )
     checkpoints = Checkpoints(str(tmp_path), keep=2)
-    checkpoints.save(state(1), {"data": {}}, loss=None)
+    checkpoints.save(small_state(1), {"data": {}}, loss=None)
     checkpoints.wait()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
     try:
         with pytest.raises(TrainError, match="cannot be written to .*; the last good one is of step 1"):
-            checkpoints.save(state(2), {"data": {}}, loss=None)
+            checkpoints.save(small_state(2), {"data": {}}, loss=None)
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     again = Checkpoints(str(tmp_path), keep=2)
-    found, meta = again.restore(state(0))
-    assert int(found.step) == 1 and (found.trained["a"] == draw(1)).all() and meta["data"] == {}
+    found, meta = again.restore(small_state(0))
+    assert int(found.step) == 1 and (found.trained["a"] == small_state(1).trained["a"]).all() and meta["data"] == {}
     again.close()

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from train.fields import changed_fields, to_json
 from train.step import TrainState
 
 RECIPE, TOKENIZER, FOLDER, DAMAGED = "recipe.json", "tokenizer", "checkpoints", "damaged"
+PARTIAL = ".partial"  # end of the names of files that a crash may leave behind
 DAMAGE = (OSError, KeyError, ValueError)  # what orbax and tensorstore raise about bad files, beside Exception itself
 
 
@@ -38,7 +40,7 @@ def open_run(recipe: Recipe) -> bool:
         raise TrainError(f"{folder} is a file; --out must be a folder")
     path = folder / RECIPE
     if not path.exists():
-        names = sorted(one.name for one in folder.iterdir())
+        names = sorted(one.name for one in folder.iterdir() if not one.name.endswith(PARTIAL))
         if names:
             raise TrainError(f"{folder} is not empty (it has {names[0]!r}) and holds no run; choose another --out")
         return False
@@ -64,9 +66,13 @@ def begin_run(recipe: Recipe, tokenizer: Tokenizer) -> None:
     if jax.process_index():
         return
     try:
-        (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder / TOKENIZER)
+        folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / RECIPE, to_json(recipe).encode())
+        if not (folder / TOKENIZER).exists():
+            beside = pathlib.Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=PARTIAL))
+            beside.chmod(0o755)  # mkdtemp makes private ones
+            tokenizer.save(beside)
+            beside.rename(folder / TOKENIZER)
     except OSError as error:
         raise TrainError(f"{folder} cannot be written: {error.strerror or error}") from error
 
