@@ -13,13 +13,17 @@ import signal
 import sys
 import threading
 
+PLUGINS = "jaxkv.commands"  # entry points: functions (subparsers) that add a subcommand
+
 
 class Refused(Exception):
     """Bad input: one line for the user, exit code 2."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, plugins=None) -> int:
     """Runs the command.
+
+    Args: plugins: functions that add subcommands; None = those of the entry point group "jaxkv.commands".
 
     Returns: the exit code; 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM if nothing came out or prompts of a
     batch were left, 141 if the reader of standard output went away.
@@ -28,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     signals = []
     try:
         with _interrupts(signals):
-            arguments = _parser().parse_args(argv)
+            arguments = _parser(plugins).parse_args(argv)
             arguments.signals = signals
             code = arguments.run(arguments)
             sys.stdout.flush()
@@ -102,7 +106,7 @@ def _whole(least: int):
     return number
 
 
-def _parser():
+def _parser(plugins=None):
     from infer import plan_command
     from infer.texts import TEXTS
 
@@ -117,6 +121,7 @@ def _parser():
         group = sub.add_argument_group("model")
         group.add_argument("--model", default="smollm2", help="name, directory, .gguf file or Hugging Face id")
         group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
+        group.add_argument("--adapter", help="folder of LoRA adapters to add to the model")
         group.add_argument("--revision", help="of a Hugging Face id")
         group.add_argument("--token", help="for a Hugging Face id")
         group.add_argument("--offline", action="store_true", help="use only what the hub's cache folder holds")
@@ -162,6 +167,10 @@ def _parser():
     sub.add_argument("--json", action="store_true")
     sub.add_argument("--kernels", action="store_true", help="instead: which kernel runs on which platform, and why not")
     plan_command.add_options(command("plan", plan_command.run, "what a model takes on chips that are not here"), _whole)
+    if plugins is None:
+        plugins = [entry.load() for entry in importlib.metadata.entry_points(group=PLUGINS)]
+    for add_command in plugins:
+        add_command(commands)
     return parser
 
 
@@ -195,7 +204,7 @@ def _load(arguments, *, text: bool = True):
     with _Bar(arguments, "loading", "B") as bar:
         lm = infer.load(
             arguments.model, dtype=arguments.dtype, revision=arguments.revision, token=arguments.token,
-            offline=arguments.offline, progress=bar,
+            offline=arguments.offline, progress=bar, adapter=arguments.adapter,
         )  # fmt: skip
     if text and lm.tokenizer is None:
         raise Refused(f"{arguments.model} has no tokenizer.json; without one only --jsonl with token ids works")

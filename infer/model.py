@@ -20,7 +20,7 @@ from infer.stops import build_stops, trim
 from jaxkv import decoder
 from jaxkv.cache import fingerprint, forward
 from jaxkv.cache.budgets import Plan, plan
-from jaxkv.checkpoints import Checkpoint, open_checkpoint
+from jaxkv.checkpoints import Checkpoint, add_adapters, open_checkpoint
 from jaxkv.policies import Policy
 from jaxkv.presets import Preset, make_preset
 
@@ -40,15 +40,22 @@ class Completion:
     stats: dict[str, Any]
 
 
-def load(source: str | os.PathLike, *, dtype: str = "float32", revision=None, token=None, offline=False, progress=None):
+def load(
+    source: str | os.PathLike, *, dtype: str = "float32", revision=None, token=None, offline=False, progress=None,
+    adapter: str | os.PathLike | None = None,
+):  # fmt: skip
     """Loads a model: a name ("smollm2"), a directory, a .gguf file or a Hugging Face id.
 
-    Args: dtype of parameters, computation and cache: "float32" or "bfloat16". revision, token, offline: for an id.
+    Args: dtype of parameters, computation and cache: "float32" or "bfloat16". revision, token, offline: for an id. adapter: a
+      folder of LoRA adapters as PEFT or `train` write them, added to the parameters.
     Raises: jaxkv.checkpoints.CheckpointError, with what was given and what is accepted.
     """
     checkpoint = open_checkpoint(
         source, dtype=dtype, revision=revision, token=token, offline=offline, progress=progress
     )
+    if adapter is not None:
+        added = add_adapters(adapter, checkpoint.config, checkpoint.params)
+        checkpoint = dataclasses.replace(checkpoint, params=added)
     return LanguageModel(checkpoint, dtype=dtype)
 
 

@@ -50,3 +50,8 @@ UNDECIDED_BF16_SHARE = {"float32": 0.0, "bfloat16": 0.25}
 # Decode attention over stored values of size 1 to 4, by dtype of the queries; its mistakes move outputs by 0.1 and more
 DECODE = {"float32": 1e-5, "bfloat16": 2e-2}  # seen 3e-6 and 1.8e-2, of which the output's own rounding is 8e-3
 DECODE_SHARES = {"float32": 5e-6, "bfloat16": 5e-3}  # of the probabilities; seen 1e-6 and 3.4e-3
+
+# Training
+LOSS = 2e-6  # relative, a float32 mean cross-entropy by two orders of the same sums
+LOSS_GRADIENT = 2e-5  # of that loss, relative to the largest entry of each gradient
+ADAM = 2e-6  # AdamW's arithmetic in float32 against float64, parameters of size 1 and rates of 0.1

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from jaxkv.checkpoints import gguf, gguf_file, gguf_tokenizer, hub, layout, named, safetensors
+from jaxkv.checkpoints.adapters import add_adapters, save_adapters
 from jaxkv.checkpoints.chat import ChatPieces
 from jaxkv.checkpoints.errors import CheckpointError
 from jaxkv.checkpoints.generation_config import Generation
@@ -27,10 +28,12 @@ __all__ = [
     "Generation",
     "Progress",
     "Tokenizer",
+    "add_adapters",
     "load_tokenizer",
     "open_checkpoint",
     "read_config",
     "save",
+    "save_adapters",
 ]
 
 
