@@ -177,9 +177,19 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     exact = mean_loss(FLAT, batch, plan())
     assert 0 < abs(metrics["loss"] - exact) < 0.02 * exact
     assert {x.dtype for x in state.trained.values()} == {jnp.dtype(jnp.float32)}
-    text = str(jax.make_jaxpr(lambda flat: batch_loss(flat, batch, made))(FLAT))
-    products = [line for line in text.splitlines() if "dot_general" in line]
-    assert products and all("bf16" in line or "preferred" in line for line in products)
+    products = list(find_products(jax.make_jaxpr(lambda flat: batch_loss(flat, batch, made))(FLAT)))
+    assert products and all(x.aval.dtype == jnp.bfloat16 for product in products for x in product.invars)
+
+
+def find_products(jaxpr):
+    """Every dot product of a program and of the programs in it."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from find_products(inner)
 
 
 def test_adapters_start_as_nothing_and_merge():
