@@ -1,4 +1,4 @@
-"""The GPU kernel of `decode_attention`: by the GPU interpreter against the float64 reference, and as machine code for Hopper."""
+"""The GPU kernel of `decode_attention`: by the GPU interpreter against the reference, and as machine code for Hopper."""
 
 import dataclasses
 

@@ -43,3 +43,5 @@ ENTRIES_BF16_MODEL = 0.1  # keys and values that such a model leaves, half of th
 # Of rows that attention decided otherwise while decoding; seen: 2 in 8 under scissorhands' yes-or-no counts, else 1 at most
 UNDECIDED_BF16_SHARE = {"float32": 0.0, "bfloat16": 0.25}
 DECODE = {"float32": 2e-5, "bfloat16": 2e-2}  # decode attention over stored values of size 1 to 4, by dtype of queries
+FLASH_GPU = 8e-3  # outputs of size 2, rounded to bfloat16 after weights were; seen 4.7e-3
+FLASH_GPU_LSE = 2e-5  # sums of up to 384 terms in float32, by the GPU's exp2
