@@ -11,6 +11,7 @@ from jaxkv.policies import make_policy
 from jaxkv.quantization import get_scheme
 from jaxkv.types import TierSpec
 from pallas_kernels.decode_attention import Source, decode_attention
+from pallas_kernels.flash_attention import gpu as flash_gpu
 
 BATCH, HEADS, SLOTS = 2, 4, 1024
 
@@ -18,7 +19,7 @@ BATCH, HEADS, SLOTS = 2, 4, 1024
 def program(case: str):
     """Returns: function, arguments as shapes, which are donated, bytes of an array as large as what is stored."""
     kind, _, words = case.partition(":")
-    return {"decode": decode, "loop": loop}[kind](*words.split(","))
+    return {"decode": decode, "loop": loop, "flash": flash}[kind](*words.split(","))
 
 
 def _tier(scheme, channels):
@@ -63,3 +64,12 @@ def loop(keys, values, channels, dtype, group):
         return q, tier_of(*parts)
 
     return steps, (q, tier, new), (1,), stored
+
+
+def flash(channels, view, softcap=None):
+    """The forward pass over as many queries as keys; view: causal or full."""
+    shape = lambda *axes: jax.ShapeDtypeStruct((1, 2, *axes, 512, int(channels)), jnp.bfloat16)
+    run = functools.partial(
+        flash_gpu.forward, causal=view == "causal", scale=0.1, softcap=softcap and float(softcap)
+    )  # fmt: skip
+    return run, (shape(2), shape(), shape()), (), 2 * 512 * int(channels) * 2

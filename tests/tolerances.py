@@ -55,3 +55,6 @@ DECODE_SHARES = {"float32": 5e-6, "bfloat16": 5e-3}  # of the probabilities; see
 LOSS = 2e-6  # relative, a float32 mean cross-entropy by two orders of the same sums
 LOSS_GRADIENT = 2e-5  # of that loss, relative to the largest entry of each gradient
 ADAM = 2e-6  # AdamW's arithmetic in float32 against float64, parameters of size 1 and rates of 0.1
+DECODE = {"float32": 2e-5, "bfloat16": 2e-2}  # decode attention over stored values of size 1 to 4, by dtype of queries
+FLASH_GPU = 8e-3  # outputs of size 2, rounded to bfloat16 after weights were; seen 4.7e-3
+FLASH_GPU_LSE = 2e-5  # sums of up to 384 terms in float32, by the GPU's exp2
