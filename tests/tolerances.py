@@ -42,3 +42,13 @@ HIDDEN_BF16_MODEL = 0.2  # bfloat16 model: about 20 roundings in a row on hidden
 ENTRIES_BF16_MODEL = 0.1  # keys and values that such a model leaves, half of those roundings; seen 0.04
 # Of rows that attention decided otherwise while decoding; seen: 2 in 8 under scissorhands' yes-or-no counts, else 1 at most
 UNDECIDED_BF16_SHARE = {"float32": 0.0, "bfloat16": 0.25}
+
+# Flash attention: of out and of the log-sum-exp, and of a probability for each query that is summed over. Logits of size 1,
+# sums of up to 677 terms; in bfloat16 queries are rounded once more when scale and temperature are multiplied in, and
+# probabilities before they meet the values
+FLASH = {"float32": (2e-5, 1e-5, 2e-6), "bfloat16": (0.05, 0.02, 0.01)}
+FLASH_GRADIENT = 2e-5  # of the largest entry of a gradient, float32, against float32 autodiff with all logits in memory
+FLASH_SLOPE = (
+    2e-4  # of the size of the terms that are summed, float32 gradients against differences of the float64 reference
+)
+FLASH_VISIBLE = 0.2  # the least error of a wrong kernel: 4 times the tolerance in bfloat16

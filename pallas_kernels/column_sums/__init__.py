@@ -5,13 +5,19 @@
 The log-sum-exp comes from `flash_attention`; for the last w queries of a prompt give those alone, with theirs.
 """
 
-from pallas_kernels.column_sums import xla
+import functools
+
+from pallas_kernels.column_sums import tpu, xla
 from pallas_kernels.dispatch import Implementation, call, takes_all
 from pallas_kernels.flash_attention import fold, folded_inputs
 
 __all__ = ["IMPLEMENTATIONS", "column_sums"]
 
-IMPLEMENTATIONS = {"xla": Implementation(xla.column_sums, takes_all)}
+IMPLEMENTATIONS = {
+    "tpu": Implementation(tpu.column_sums, tpu.why_not, platform="tpu"),
+    "interpret": Implementation(functools.partial(tpu.column_sums, interpret=True), tpu.why_not, by_name_only=True),
+    "xla": Implementation(xla.column_sums, takes_all),
+}
 
 
 def column_sums(
