@@ -17,11 +17,19 @@ import pytest
 import tolerances
 from flash_cases import CASES, Case, cast, make, never
 from flash_compile import QUIET
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.column_sums import column_sums
-from pallas_kernels.column_sums import reference as column_reference
-from pallas_kernels.dispatch import chosen
-from pallas_kernels.flash_attention import IMPLEMENTATIONS, flash_attention, operands, reference, tpu
+from pallas_kernels.flash_attention import (
+    checked_inputs,
+    flash_attention,
+    fold,
+    operands,
+    reference,
+    tpu,
+    tpu_backward,
+)
 from pallas_kernels.flash_attention import xla as in_xla
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -272,3 +280,167 @@ def test_tolerances_see(wrong):
     slope = lambda q, k, v, o: jax.grad(lambda q: jnp.sin(3 * run(q, k, v, o)).sum())(jnp.asarray(q))
     good, other = slope(q, k, v, options), slope(bad_q, bad_k, bad_v, options | bad) * (wrong != "zeros")
     assert np.abs(good - other).max() > 100 * tolerances.FLASH_GRADIENT * np.abs(good).max()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_that_are_passed_over_hold_nothing(seed):
+    """`needed` against the mask in whole: never too little; and no more than that where it is known from indices."""
+    rng = np.random.default_rng(seed)
+    length, keys, sizes = 23, 31, (4, 8)
+    q, k = np.zeros((2, 1, 1, length, 1)), np.zeros((2, 1, keys, 1))
+    options = {"causal": bool(seed % 2), "window": [None, 9, (7, None), (None, 3), (6, 2), 5][seed]}
+    more = {}
+    if seed > 2:
+        ids = np.sort(rng.integers(-1, 3, (2, keys))).astype(np.int32)
+        more = {"key_segments": np.where(rng.random((2, keys)) < 0.4, -2, ids), "query_segments": ids[:, -length:]}
+    if seed > 3:
+        places = np.sort(rng.integers(0, 40, (2, keys))).astype(np.int32)
+        more |= {"key_positions": places, "query_positions": places[:, -length:]}
+    inputs = NOTHING | {"softcap": None, "block": None} | more | options
+    x, rule = checked_inputs(q, k, k, **inputs)
+    needed = np.asarray(operands.needed(operands.pad(x, *sizes), rule, x.offset, *sizes))
+    _, _, p = reference.flash_attention(q, k, k, scale=1.0, **options, **more)
+    whole = np.pad(p[:, :, 0] > 0, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    holds = whole.reshape(2, 1, 6, 4, 4, 8).any((3, 5))
+    assert not (holds & ~needed).any()
+    if not more:
+        assert (holds == needed).all() and isinstance(needed, np.ndarray)
+    first, last = operands.span(holds)
+    for at in np.ndindex(*first.shape):
+        here = np.flatnonzero(holds[at])
+        assert (first[at], last[at]) == ((here[0], here[-1]) if len(here) else (0, -1))
+
+
+NOTHING = dict.fromkeys(["query_positions", "key_positions", "query_segments", "key_segments", "relative", "window"])
+
+
+@both
+def test_blocks_outside_the_mask_are_not_touched(implementation):
+    """A product with a value that is not finite would show even where its weight is 0."""
+    q, k, v, _ = make(Case(1, 8, 384, 0, 1, "float32", "causal", None, None, None, None, None))
+    v[:, :, :128] = np.nan
+    run = functools.partial(
+        flash_attention, scale=1.0, causal=True, window=100, block=128, implementation=implementation
+    )
+    finite = np.isfinite(np.asarray(jax.jit(run)(q, k, v)[0]))
+    assert finite[:, :, :, 256:].all() and not finite[:, :, :, 129:255].any()
+    v[:, :, :128], v[:, :, 256:] = 0, np.nan
+    finite = np.isfinite(np.asarray(jax.jit(run)(q, k, v)[0]))
+    assert finite[:, :, :, :256].all() and not finite[:, :, :, 256:].any()
+
+
+def test_block_size_changes_no_result():
+    (q, k, v, options), out, lse, _ = expected(9)
+    arrays, fixed = split(options)
+    for block in (1, 40, 128, 1000):
+        got = jax.jit(
+            lambda *a, block=block: flash_attention(*a[:3], **a[3], **fixed, block=block, implementation="xla")
+        )
+        np.testing.assert_allclose(got(q, k, v, arrays)[0], out, rtol=0, atol=tolerances.FLASH["float32"][0])
+
+
+def test_memory_is_that_of_blocks():
+    """T = S = 4096: all logits of the 2 heads would be 134 MB."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 1, 2, 4096, 16), (1, 1, 4096, 16), (1, 1, 4096, 16))]
+    f = lambda q, k, v: flash_attention(q, k, v, scale=1.0, causal=True, implementation="xla")[0].sum()
+    compiled = jax.jit(jax.grad(f, argnums=(0, 1, 2))).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 << 20
+
+
+def test_refusals():
+    q, k = np.zeros((1, 1, 1, 4, 8), np.float32), np.zeros((1, 1, 4, 8), np.float32)
+    call = functools.partial(flash_attention, scale=1.0, causal=True)
+    with pytest.raises(ValueError, match="of one dtype; they are float32, float32, bfloat16"):
+        call(q, k, k.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"\(1, 1, 3, 8\) do not fit"):
+        call(q, k, k[:, :, :3])
+    with pytest.raises(ValueError, match="it needs causal=True"):
+        call(q, k, k, causal=False, relative=(q, k[None, 0]))
+    with pytest.raises(ValueError, match="must cover 4 distances"):
+        call(q, k, k, relative=(q, k[:, :, :3]))
+    with pytest.raises(ValueError, match="positions of both"):
+        call(q, k, k, window=2, query_positions=np.zeros((1, 4), np.int32))
+    with pytest.raises(ValueError, match=r"key_segments must be int32 of shape .*; it is int32 \(1, 5\)"):
+        call(q, k, k, key_segments=np.zeros((1, 5), np.int32))
+    with pytest.raises(ValueError, match="must be of q's dtype float32"):
+        call(q, k, k, relative=(q, k.astype(jnp.bfloat16)))
+    with pytest.raises(ValueError, match="every axis must have a length"):
+        call(q, k[:, :, :0], k[:, :, :0])
+    for args, more, reason in [
+        ((q, k, k), {"block": 100}, "a block of 100 is not a multiple of 128 lanes"),
+        ([x.astype(np.float16) for x in (q, k, k)], {}, "not float16"),
+        ([np.zeros((*x.shape[:-1], 300), np.float32) for x in (q, k, k)], {}, "at most 256"),
+    ]:
+        with pytest.raises(NotImplementedError, match=reason):
+            call(*args, **more, implementation="interpret")
+
+
+def test_the_kernels_are_in_a_program_for_a_tpu_and_in_no_other():
+    q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 1, 1, 128, 64), (1, 1, 128, 64)))
+    f = jax.grad(lambda q, k: flash_attention(q, k, k, scale=1.0, causal=True)[0].sum())
+    for platform, count in (("tpu", 3), ("cpu", 0)):
+        text = jax.jit(f).trace(q, k).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("@tpu_custom_call") == count, platform
+
+
+def test_both_ways_of_slanting_are_one():
+    """The rotation of the compiled kernels, and what interpreters use for it."""
+    x = jnp.arange(16 * 32, dtype=jnp.float32).reshape(16, 32)
+
+    def slanted(interpret, shift):
+        def kernel(x, out):
+            out[...] = tpu.slanted(x[...], shift, interpret)
+
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+
+    for shift in (0, 17):
+        want = np.stack([np.roll(row, shift + number) for number, row in enumerate(np.asarray(x))])
+        assert (slanted(False, shift) == want).all() and (slanted(True, shift) == want).all()
+
+
+@pytest.mark.slow
+def test_bounds():
+    """The TPU interpreter stops where a block lies outside its array."""
+    q, k, v, options = make(Case(2, 16, 200, 60, 1, "float32", "window", "dead", None, None, None, "head"))
+    arrays, fixed = split(options | {"block": 128})
+    arrays.pop("query_temperature", None)
+    inputs = NOTHING | {"softcap": None} | arrays | fixed
+    scale = inputs.pop("scale")
+    x, rule = checked_inputs(*map(jnp.asarray, (q, k, v)), **jax.tree.map(as_given, inputs))
+    x = fold(scale, x, None, None)
+    out, lse = tpu.forward(x, rule=rule, interpret=pltpu.InterpretParams())
+    want, _, _ = reference.flash_attention(q, k, v, **options)
+    np.testing.assert_allclose(out, want, rtol=0, atol=tolerances.FLASH["float32"][0])
+    gradients = tpu_backward.backward(x, lse, (out * out).sum(-1), out, rule=rule, interpret=pltpu.InterpretParams())
+    want = in_xla.backward(x, lse, (out * out).sum(-1), out, rule=rule)
+    for name, one in gradients._asdict().items():
+        if one is not None:
+            size = np.abs(getattr(want, name)).max()
+            np.testing.assert_allclose(one, getattr(want, name), rtol=0, atol=tolerances.FLASH_GRADIENT * size)
+
+
+def as_given(x):
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+@pytest.mark.parametrize(
+    "step, topologies",
+    [
+        (8, ["v5e:2x2"]),
+        pytest.param(1, ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"], marks=pytest.mark.slow),
+    ],
+)
+def test_tpu_programs_compile(step, topologies):
+    pytest.importorskip("libtpu")
+    place = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "flash_compile.py"), str(step), *topologies],
+        env=place, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line for line in lines if line[3]] == [] and done.returncode == 0, done.stderr[-2000:]
+    assert len(lines) == 2 * len(topologies) * len(CASES[::step])
+    for _, name, kernels, _ in lines:
+        number, what = name.split(" ", 1)
+        wanted = 1 if what == "column sums" else 3 + (CASES[int(number)].relative is not None)
+        assert kernels == wanted, name

@@ -9,7 +9,7 @@ import functools
 
 from pallas_kernels.column_sums import tpu, xla
 from pallas_kernels.dispatch import Implementation, call, takes_all
-from pallas_kernels.flash_attention import fold, folded_inputs
+from pallas_kernels.flash_attention import checked_inputs, fold
 
 __all__ = ["IMPLEMENTATIONS", "column_sums"]
 
@@ -44,8 +44,8 @@ def column_sums(
       DEAD add nothing: so each row of a ragged batch has its own last w.
     Returns: [B, K, S] float32, summed over the group; no gradient.
     """
-    x, rule = folded_inputs(
-        q, k, k, scale=scale, causal=causal, window=window, softcap=softcap, query_positions=query_positions,
+    x, rule = checked_inputs(
+        q, k, k, causal=causal, window=window, softcap=softcap, query_positions=query_positions,
         key_positions=key_positions, query_segments=query_segments, key_segments=key_segments, relative=relative,
         block=block,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def column_sums(x: Operands, lse, *, rule: Rule, interpret: bool = False):
     along = lambda b, n, i, j: (b, n, 0, i)
     inputs = tpu.inputs_of(x, plan, at) | {"lse": (lse, block_of((1, 1, 1, plan.block_q), along, at))}
     del inputs["v"]
-    block = block_of((1, 1, 1, plan.block_k), lambda b, n, i, j: (b, n // plan.group, 0, j), at)
+    block = block_of((1, 1, 1, plan.block_k), lambda b, n, i, j: (b, plan.head(n), 0, j), at)
     outputs = {"sums": ((batch, heads, 1, padded), jnp.float32, block)}
     scratch = {"sum": ((plan.block_k, LANES), jnp.float32)} | turned_scratch(inputs, BY_KEY, plan.block_k)
     kernel = functools.partial(_kernel, read=read, length=length)

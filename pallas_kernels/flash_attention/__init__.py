@@ -76,16 +76,16 @@ def flash_attention(
     """
     if 0 in (*q.shape, *k.shape):
         raise ValueError(f"nothing to attend: q {q.shape}, k {k.shape}; every axis must have a length")
-    x, rule = folded_inputs(
-        q, k, v, scale=scale, causal=causal, window=window, softcap=softcap, query_positions=query_positions,
+    x, rule = checked_inputs(
+        q, k, v, causal=causal, window=window, softcap=softcap, query_positions=query_positions,
         key_positions=key_positions, query_segments=query_segments, key_segments=key_segments, relative=relative,
         block=block,
     )  # fmt: skip
     return _attend(rule, float(scale), implementation, x, query_temperature, value_temperature)
 
 
-def folded_inputs(
-    q, k, v, *, scale, causal, window, softcap, query_positions, key_positions, query_segments, key_segments, relative,
+def checked_inputs(
+    q, k, v, *, causal, window, softcap, query_positions, key_positions, query_segments, key_segments, relative,
     block,
 ):  # fmt: skip
     """Checks shapes; [B, S] becomes [B, 1, S], a missing half of the segments GLOBAL. Returns: Operands, Rule."""
@@ -96,6 +96,15 @@ def folded_inputs(
         raise ValueError(f"q, k, v must be of one dtype; they are {q.dtype}, {k.dtype}, {v.dtype}")
     if (query_positions is None) != (key_positions is None):
         raise ValueError("give the positions of both queries and keys, or of neither")
+    of_queries, of_keys = ((batch, length),), ((batch, k.shape[2]), (batch, 1, k.shape[2]), k.shape[:3])
+    for name, y, shapes in [
+        ("query_positions", query_positions, of_queries), ("query_segments", query_segments, of_queries),
+        ("key_positions", key_positions, of_keys), ("key_segments", key_segments, of_keys),
+    ]:  # fmt: skip
+        if y is not None and (y.shape not in shapes or y.dtype != jnp.int32):
+            raise ValueError(
+                f"{name} must be int32 of shape {' or '.join(map(str, shapes))}; it is {y.dtype} {y.shape}"
+            )
     behind, ahead = window if isinstance(window, tuple) else (window, window)
     if behind is None and ahead is None:
         query_positions = key_positions = None  # nothing goes by them
@@ -109,11 +118,11 @@ def folded_inputs(
         far = k.shape[2] if behind is None or query_positions is not None else min(behind, k.shape[2])
         if not causal:
             raise ValueError("a relative table holds distances from 0 on: it needs causal=True")
+        if not q.dtype == r.dtype == table.dtype:
+            raise ValueError(f"the relative term must be of q's dtype {q.dtype}; it is {r.dtype}, {table.dtype}")
         if table.shape[2] < far:
             raise ValueError(f"the relative table {table.shape} [K|1, G|1, R, H] must cover {far} distances")
-    x = Operands(
-        q, k, v, query_positions, by_head(key_positions), query_segments, by_head(key_segments), r, table
-    )  # fmt: skip
+    x = Operands(q, k, v, query_positions, by_head(key_positions), query_segments, by_head(key_segments), r, table)
     return x, Rule(causal=causal, window=(behind, ahead), softcap=softcap, block=block)
 
 

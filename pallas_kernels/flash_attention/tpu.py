@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -45,6 +46,10 @@ class Plan:
     rows: int
     columns: int
     interpret: bool
+
+    def head(self, n):
+        """The head of keys of a query head. (`//` asks for the sign, whose lowering wants to know the chip.)"""
+        return jax.lax.div(n, np.int32(self.group))
 
     @property
     def ragged(self) -> bool:
@@ -106,7 +111,7 @@ def inputs_of(x: Operands, plan: Plan, at: Callable) -> dict:
     by_query = lambda y: (y, block_of((1, 1, plan.block_q, y.shape[3]), lambda b, n, i, j: (b, n, i, 0), at))
     by_key = lambda y: (
         y,
-        block_of((1, 1, plan.block_k, y.shape[3]), lambda b, n, i, j: (b, n // plan.group, j, 0), at),
+        block_of((1, 1, plan.block_k, y.shape[3]), lambda b, n, i, j: (b, plan.head(n), j, 0), at),
     )
     inputs = {"q": by_query(x.q), "k": by_key(x.k), "v": by_key(x.v)}
     for name in ("query_positions", "query_segments"):
@@ -114,12 +119,12 @@ def inputs_of(x: Operands, plan: Plan, at: Callable) -> dict:
             inputs[name] = y, block_of((1, 1, 1, plan.block_q), lambda b, n, i, j: (b, 0, 0, i), at)
     for name in ("key_positions", "key_segments"):
         if (y := getattr(x, name)) is not None:
-            head = (lambda n: n // plan.group) if y.shape[1] > 1 else (lambda n: 0)
+            head = plan.head if y.shape[1] > 1 else (lambda n: 0)
             inputs[name] = y, block_of((1, 1, 1, plan.block_k), lambda b, n, i, j, h=head: (b, h(n), 0, j), at)
     if x.relative_q is not None:
         inputs["relative_q"] = by_query(x.relative_q)
         heads, group, _, size = x.relative_table.shape
-        of = lambda n: (n // plan.group if heads > 1 else 0, n % plan.group if group > 1 else 0)
+        of = lambda n: (plan.head(n) if heads > 1 else 0, jax.lax.rem(n, np.int32(plan.group)) if group > 1 else 0)
         for name, more in (("near", 0), ("far", 1)):
             where = lambda b, n, i, j, more=more: (*of(n), plan.rows - 1 - i + j + more, 0)
             inputs[name] = x.relative_table, block_of((1, 1, plan.block_q, size), where, at)
@@ -263,7 +268,7 @@ def forward(x: Operands, *, rule: Rule, interpret: bool = False):
     size = x.v.shape[3]
 
     def at(b, n, i, j, *refs):
-        return b, n, i, within(j, *read(refs, b, n // plan.group, i))
+        return b, n, i, within(j, *read(refs, b, plan.head(n), i))
 
     inputs = inputs_of(x, plan, at)
     outputs = {
@@ -291,7 +296,7 @@ def _along(b, n, i, j):
 
 def _forward_kernel(first, last, ref, *, plan, read):
     b, n, i, j = (pl.program_id(axis) for axis in range(4))
-    low, high = read((first, last), b, n // plan.group, i)
+    low, high = read((first, last), b, plan.head(n), i)
 
     @pl.when(j == 0)
     def _():

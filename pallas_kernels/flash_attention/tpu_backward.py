@@ -104,7 +104,7 @@ def _of_queries(x, plan, seen, inputs):
     batch, heads, padded, _ = x.q.shape
 
     def at(b, n, i, j, *refs):
-        return b, n, i, within(j, *read(refs, b, n // plan.group, i))
+        return b, n, i, within(j, *read(refs, b, plan.head(n), i))
 
     given, outputs, scratch = inputs(at), {}, {}
     for name in ("q", "relative_q"):
@@ -121,7 +121,7 @@ def _of_queries(x, plan, seen, inputs):
 
 def _queries_kernel(first, last, ref, *, plan, read):
     b, n, i, j = (pl.program_id(axis) for axis in range(4))
-    low, high = read((first, last), b, n // plan.group, i)
+    low, high = read((first, last), b, plan.head(n), i)
     names = [name for name in ("q", "relative_q") if name in ref]
 
     @pl.when(j == 0)
@@ -157,7 +157,7 @@ def _of_keys(x, plan, seen, inputs):
     given, outputs, scratch = inputs(at), {}, {}
     for name in ("k", "v"):
         size = given[name][0].shape[3]
-        block = block_of((1, 1, plan.block_k, size), lambda b, n, i, j: (b, n // plan.group, j, 0), at)
+        block = block_of((1, 1, plan.block_k, size), lambda b, n, i, j: (b, plan.head(n), j, 0), at)
         outputs["d_" + name] = (batch, heads, padded, size), given[name][0].dtype, block
         scratch["sum_" + name] = (plan.block_k, size), jnp.float32
     scratch |= turned_scratch(given, BY_KEY, plan.block_k)
@@ -215,7 +215,7 @@ def _of_table(x, plan, seen, inputs):
 def _table_kernel(first, last, ref, *, plan, read):
     n, diagonal, b, i = (pl.program_id(axis) for axis in range(4))
     j = i + diagonal - (plan.rows - 1)
-    low, high = read((first, last), b, n // plan.group, i)
+    low, high = read((first, last), b, plan.head(n), i)
 
     @pl.when((b == 0) & (i == 0))
     def _():
