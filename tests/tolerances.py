@@ -58,3 +58,13 @@ ADAM = 2e-6  # AdamW's arithmetic in float32 against float64, parameters of size
 DECODE = {"float32": 2e-5, "bfloat16": 2e-2}  # decode attention over stored values of size 1 to 4, by dtype of queries
 FLASH_GPU = 8e-3  # outputs of size 2, rounded to bfloat16 after weights were; seen 4.7e-3
 FLASH_GPU_LSE = 2e-5  # sums of up to 384 terms in float32, by the GPU's exp2
+
+# Flash attention: of out and of the log-sum-exp, and of a probability for each query that is summed over. Logits of size 1,
+# sums of up to 677 terms; in bfloat16 queries are rounded once more when scale and temperature are multiplied in, and
+# probabilities before they meet the values
+FLASH = {"float32": (2e-5, 1e-5, 2e-6), "bfloat16": (0.05, 0.02, 0.01)}
+FLASH_GRADIENT = 2e-5  # of the largest entry of a gradient, float32, against float32 autodiff with all logits in memory
+FLASH_SLOPE = (
+    2e-4  # of the size of the terms that are summed, float32 gradients against differences of the float64 reference
+)
+FLASH_VISIBLE = 0.2  # the least error of a wrong kernel: 4 times the tolerance in bfloat16

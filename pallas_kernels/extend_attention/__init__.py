@@ -1,10 +1,11 @@
 """T new queries against the tiers of a cache and against the new tokens themselves."""
 
+import functools
 from typing import Any, NamedTuple
 
 from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, call, takes_all
-from pallas_kernels.extend_attention import xla
+from pallas_kernels.extend_attention import tpu, xla
 
 
 class TierSource(NamedTuple):
@@ -15,7 +16,13 @@ class TierSource(NamedTuple):
     positions: Any
 
 
-IMPLEMENTATIONS = {"xla": Implementation(xla.extend_attention, takes_all)}
+IMPLEMENTATIONS = {
+    "tpu": Implementation(functools.partial(tpu.extend_attention, kernels="tpu"), tpu.why_not, platform="tpu"),
+    "interpret": Implementation(
+        functools.partial(tpu.extend_attention, kernels="interpret"), tpu.why_not, by_name_only=True
+    ),
+    "xla": Implementation(xla.extend_attention, takes_all),
+}
 
 
 def extend_attention(

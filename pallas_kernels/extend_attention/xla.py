@@ -4,6 +4,8 @@ Queries go through in blocks under `lax.scan`. A causal block never looks beyond
 stages, each with the keys up to its own end: about half the work of a full square, for a few copies of the body.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,16 @@ from pallas_kernels.decode_attention.xla import NEGATIVE, mix, product, shares, 
 STAGES = 8  # at most; of two blocks at least, for XLA unrolls a loop of one and then keeps every stage in memory
 
 
-def extend_attention(
-    queries, keys, values, tiers, *, positions, valid, segments, causal, window, scale, softcap, row_statistic,
-    merge, block,
-):  # fmt: skip
+def extend_attention(queries, keys, values, tiers, *, softcap, row_statistic, **options):
+    of_block = functools.partial(_softmax, softcap=softcap, row_statistic=row_statistic)
+    return in_blocks(of_block, queries, keys, values, tiers, watched=row_statistic is not None, **options)
+
+
+def in_blocks(
+    of_block, queries, keys, values, tiers, *, positions, valid, segments, causal, window, scale, watched, merge, block
+):
+    """of_block(sources, start) for each block of queries, scaled: its out [B, P, G, t, ...], and its statistics, one for
+    each source, which are merged if anyone watched. Returns: out [B, P, G, T, ...], statistics."""
     length = queries.shape[3]
     block = min(block, length)
     blocks = -(-length // block)
@@ -53,11 +61,11 @@ def extend_attention(
             mine, theirs = cut(row_segments, 1)[:, None, :, None], segments[:, None, None, :end]
             see &= (mine == theirs) | (mine < 0) | (theirs < 0)
         sources.append(Source(cut(rows[0], 3), slots_minor[..., :end], values[:, :, :end], see))
-        return _softmax(sources, start, softcap=softcap, row_statistic=row_statistic)
+        return of_block(sources, start)
 
     edges = np.linspace(0, blocks, (min(STAGES, max(1, blocks // 2)) if causal else 1) + 1).astype(int)
     outs, statistics = [], None
-    together = lambda a, b: a if row_statistic is None else tuple(map(merge, a, b))
+    together = lambda a, b: tuple(map(merge, a, b)) if watched else a
     for first, last in zip(edges[:-1], edges[1:], strict=True):
         end = min(int(last) * block, length) if causal else length
 
@@ -79,19 +87,27 @@ def extend_attention(
 
 def _softmax(sources, start, *, softcap, row_statistic):
     """One softmax over all sources of one block of query rows, their queries scaled."""
-    logits = [
-        jnp.where(s.live[:, :, None], softcapped(product("bpgth,bphs->bpgts", s.queries, s.keys), softcap), NEGATIVE)
-        for s in sources
-    ]
-    weights, inverse = shares(logits, [s.owner for s in sources])
+    weights, inverse = shares(logits_of(sources, softcap), [s.owner for s in sources])
     out = mix("bpgts,bpsh->bpgth", weights, sources, inverse).astype(sources[-1].values.dtype)
     if row_statistic is None:
         return out, (None,) * len(sources)
-    heads = out.shape[1]
-    seen = [jnp.broadcast_to(s.live, (*w.shape[:2], *w.shape[3:])) for w, s in zip(weights, sources, strict=True)]
+    shares_of = [w * to_rows(inverse, s.owner) for w, s in zip(weights, sources, strict=True)]
+    return out, statistics_of(sources, shares_of, start, out.shape[1], row_statistic)
+
+
+def logits_of(sources, softcap):
+    """[B, P, G, t, S] float32 of each source, NEGATIVE where nothing is seen."""
+    return [
+        jnp.where(s.live[:, :, None], softcapped(product("bpgth,bphs->bpgts", s.queries, s.keys), softcap), NEGATIVE)
+        for s in sources
+    ]
+
+
+def statistics_of(sources, probabilities, start, heads: int, row_statistic):
+    """What a block of query rows says of each source, from its probabilities [B, P, G, t, S]."""
+    seen = [jnp.broadcast_to(s.live, (*p.shape[:2], *p.shape[3:])) for p, s in zip(probabilities, sources, strict=True)]
     live = sum(sum_by_head(x.sum(-1, dtype=jnp.int32), s.owner, heads) for x, s in zip(seen, sources, strict=True))
-    statistics = []
-    for number, (w, s, see) in enumerate(zip(weights, sources, seen, strict=True)):
-        p, count = w * to_rows(inverse, s.owner), to_rows(live, s.owner)
-        statistics.append(row_statistic(p, see, count, start, number == len(sources) - 1))
-    return out, tuple(statistics)
+    return tuple(
+        row_statistic(p, see, to_rows(live, s.owner), start, number == len(sources) - 1)
+        for number, (p, s, see) in enumerate(zip(probabilities, sources, seen, strict=True))
+    )

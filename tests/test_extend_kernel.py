@@ -1,0 +1,67 @@
+"""Extend attention by kernels, interpreted, on the cases and against the reference of `test_attention_ops`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tolerances
+from test_attention_ops import ADD, EXTEND, call_extend, make_extend, make_source
+
+from pallas_kernels.decode_attention import Source
+from pallas_kernels.extend_attention import TierSource, extend_attention
+from pallas_kernels.extend_attention import reference as extend_reference
+
+QUICK = ("group, ragged", "window and tiers", "segments", "all dead")
+HASTE = {"xla_backend_optimization_level": 0}  # an interpreter runs once
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXTEND])
+def test_extend(name):
+    arguments, options = make_extend(EXTEND[name], len(name))
+    length = EXTEND[name].shape[3]
+    weights = np.random.default_rng(1).random(length).astype(np.float32)
+    padded = jnp.pad(jnp.asarray(weights), (0, length))
+
+    def row_statistic(p, visible, live, start, own):
+        rows = padded[start + jnp.arange(p.shape[3])]
+        crowd = jnp.where(visible, live[..., None], 0).astype(jnp.float32)
+        share = jnp.einsum("bpgts,t->bps", p, rows)
+        return {"share": share, "crowd": jnp.einsum("bpts,t->bps", crowd, rows)}
+
+    call = functools.partial(
+        call_extend, arguments, options, block=EXTEND[name].block, row_statistic=row_statistic, merge=ADD,
+        implementation="interpret",
+    )  # fmt: skip
+    out, statistics = jax.jit(call, compiler_options=HASTE)()
+    expected, shares, visible = extend_reference.extend_attention(*arguments, **options)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.ATTENTION)
+    live = sum(see.sum(axis=-1) for see in visible)
+    for statistic, share, see in zip(statistics, shares, visible, strict=True):
+        summed = np.einsum("bpgts,t->bps", share, weights)
+        np.testing.assert_allclose(statistic["share"], summed, rtol=0, atol=tolerances.STATISTIC)
+        crowd = np.einsum("bpts,t->bps", see * live[..., None], weights)
+        np.testing.assert_allclose(statistic["crowd"], crowd, rtol=tolerances.CROWD, atol=tolerances.STATISTIC)
+
+
+def test_owned_rows_and_a_basis_of_their_own():
+    """As XLA does it: rows that one head owns several of, values that are turned back after they are summed."""
+    rng, length = np.random.default_rng(3), 6
+    owner = jnp.asarray([[1, 0, 1], [0, 1, -1]], jnp.int16)
+    _, k, v, live = (jnp.asarray(x) for x in make_source(rng, 2, 3, 2, 8, 7, 0.7)[:4])
+    live = live & (owner >= 0)[..., None]
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    tier = Source(normal(2, 3, 2, length, 8), k, v, live, finish=lambda x: x[..., ::-1] * 2, owner=owner)
+    call = lambda implementation: extend_attention(
+        normal_queries, keys, values, (TierSource(tier, jnp.zeros(live.shape, jnp.int32)),), segments=None, causal=True,
+        positions=jnp.broadcast_to(jnp.arange(9, 9 + length, dtype=jnp.int32), (2, length)), window=None, scale=0.6,
+        valid=jnp.ones((2, length), bool), softcap=1.5, merge=lambda a, b: a + b, block=3, implementation=implementation,
+        row_statistic=lambda p, visible, live, start, own: p.sum(axis=(2, 3)) + live.sum(axis=-1).astype(p.dtype)[..., None],
+    )  # fmt: skip
+    normal_queries, keys, values = normal(2, 2, 2, length, 8), normal(2, 2, length, 8), normal(2, 2, length, 8)
+    run = jax.jit(call, static_argnums=0, compiler_options=HASTE)
+    (out, of), (want, wanted) = run("interpret"), run("xla")
+    np.testing.assert_allclose(out, want, rtol=0, atol=tolerances.ATTENTION)
+    for one, other, here in zip(of, wanted, (owner >= 0, jnp.ones((2, 2), bool)), strict=True):
+        np.testing.assert_allclose(one[here], other[here], rtol=0, atol=tolerances.STATISTIC)
