@@ -35,11 +35,11 @@ CONVOLVE = {  # x, filters, dtype
 }
 
 
-def compile_for_tpu(jobs, timeout=1500) -> dict:
+def compile_for_tpu(python, jobs, timeout=1500) -> dict:
     """{job: {"error": the compiler's words or None, "kernels": Pallas calls in the program}}."""
     here = pathlib.Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(jobs), capture_output=True, text=True, timeout=timeout,
+        [python, __file__], input=json.dumps(jobs), capture_output=True, text=True, timeout=timeout,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])},
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]

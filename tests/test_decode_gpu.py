@@ -53,7 +53,7 @@ def check(one, sources, atol):
 
 def tolerance(one):
     rounded = one.dtype == "bfloat16" or any("rotated" in tier.scheme for tier in one.tiers)
-    return tolerances.DECODE["bfloat16" if rounded else "float32"]
+    return tolerances.DECODE_GPU["bfloat16" if rounded else "float32"]
 
 
 @interpreted
@@ -82,7 +82,7 @@ def test_tolerance_sees_a_wrong_kernel():
             given((other, *sources[1:])), scale=one.scale, softcap=one.softcap, interpret=True
         )
         off = np.abs(np.nan_to_num(np.asarray(out, np.float64), nan=np.inf) - expected).max()
-        assert off > 10 * tolerances.DECODE["float32"], name
+        assert off > 10 * tolerances.DECODE_GPU["float32"], name
 
 
 REFUSED = {

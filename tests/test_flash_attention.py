@@ -426,15 +426,14 @@ def as_given(x):
 @pytest.mark.parametrize(
     "step, topologies",
     [
-        (8, ["v5e:2x2"]),
-        pytest.param(1, ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"], marks=pytest.mark.slow),
+        pytest.param(3, ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"], marks=pytest.mark.slow),
+        pytest.param(1, ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"], marks=pytest.mark.exhaustive),
     ],
 )
-def test_tpu_programs_compile(step, topologies):
-    pytest.importorskip("libtpu")
+def test_tpu_programs_compile(compilers_python, step, topologies):
     place = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "flash_compile.py"), str(step), *topologies],
+        [compilers_python, str(ROOT / "tests" / "flash_compile.py"), str(step), *topologies],
         env=place, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]

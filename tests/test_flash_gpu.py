@@ -73,7 +73,7 @@ def test_what_it_cannot_do_it_says():
 
 
 @pytest.mark.slow
-def test_machine_code(hopper_python):
-    found = compile_for_hopper(hopper_python, ["flash:128,causal", "flash:64,full", "flash:128,full,30"])
+def test_machine_code(compilers_python):
+    found = compile_for_hopper(compilers_python, ["flash:128,causal", "flash:64,full", "flash:128,full,30"])
     for name, one in found.items():
         assert one.error is None and one.kernels == 1 and set(one.spills) == {0}, (name, one)

@@ -1,8 +1,5 @@
 """The TPU kernels of `quantize` and `causal_conv` through the compiler of TPU, on any machine."""
 
-import importlib.util
-import os
-
 import pytest
 from small_op_compile import CONVOLVE, QUANTIZE, TOPOLOGIES, compile_for_tpu
 
@@ -19,22 +16,20 @@ EVERY = [(*job, topology) for job in [*ENCODED, *CONVOLVED] for topology in TOPO
 TURNS = [(*job, TOPOLOGIES[number % 3]) for number, job in enumerate([*ENCODED[::3], *CONVOLVED])]
 
 
-def check(jobs):
-    if importlib.util.find_spec("libtpu") is None:
-        why = "needs libtpu, the compiler of TPU"
-        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-    found = compile_for_tpu(jobs)
+def check(python, jobs):
+    found = compile_for_tpu(python, jobs)
     assert list(found) == list(jobs)
     for job, result in found.items():
         assert result["error"] is None, f"{job}: {result['error']}"
         assert result["kernels"] == {"quantize": 1, "causal_conv": 1, "gradients": 2}[job[0]], job
 
 
-def test_some_compile():
-    """Every third encoding and every convolution, each for one chip."""
-    check(TURNS)
-
-
 @pytest.mark.slow
-def test_all_compile_for_every_chip():
-    check([job for job in EVERY if job not in TURNS])
+def test_some_compile(compilers_python):
+    """Every third encoding and every convolution, each for one chip."""
+    check(compilers_python, TURNS)
+
+
+@pytest.mark.exhaustive
+def test_all_compile_for_every_chip(compilers_python):
+    check(compilers_python, [job for job in EVERY if job not in TURNS])

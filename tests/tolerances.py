@@ -55,7 +55,7 @@ DECODE_SHARES = {"float32": 5e-6, "bfloat16": 5e-3}  # of the probabilities; see
 LOSS = 2e-6  # relative, a float32 mean cross-entropy by two orders of the same sums
 LOSS_GRADIENT = 2e-5  # of that loss, relative to the largest entry of each gradient
 ADAM = 2e-6  # AdamW's arithmetic in float32 against float64, parameters of size 1 and rates of 0.1
-DECODE = {"float32": 2e-5, "bfloat16": 2e-2}  # decode attention over stored values of size 1 to 4, by dtype of queries
+DECODE_GPU = {"float32": 2e-5, "bfloat16": 2e-2}  # the same by the GPU's kernel
 FLASH_GPU = 8e-3  # outputs of size 2, rounded to bfloat16 after weights were; seen 4.7e-3
 FLASH_GPU_LSE = 2e-5  # sums of up to 384 terms in float32, by the GPU's exp2
 
@@ -64,7 +64,5 @@ FLASH_GPU_LSE = 2e-5  # sums of up to 384 terms in float32, by the GPU's exp2
 # probabilities before they meet the values
 FLASH = {"float32": (2e-5, 1e-5, 2e-6), "bfloat16": (0.05, 0.02, 0.01)}
 FLASH_GRADIENT = 2e-5  # of the largest entry of a gradient, float32, against float32 autodiff with all logits in memory
-FLASH_SLOPE = (
-    2e-4  # of the size of the terms that are summed, float32 gradients against differences of the float64 reference
-)
+FLASH_SLOPE = 2e-4  # of the size of the summed terms, float32 gradients against differences of the float64 reference
 FLASH_VISIBLE = 0.2  # the least error of a wrong kernel: 4 times the tolerance in bfloat16

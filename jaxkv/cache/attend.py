@@ -14,7 +14,6 @@ from jaxkv.rope import angles, rotate
 from jaxkv.types import Array, Entries, LayerState, Newcomers, Rotary, Rows, Tier
 from pallas_kernels.decode_attention import Source, decode_attention
 from pallas_kernels.decode_attention.owners import of_head, sum_by_head, to_rows, turns
-from pallas_kernels.extend_attention import IMPLEMENTATIONS as EXTEND_IMPLEMENTATIONS
 from pallas_kernels.extend_attention import TierSource, extend_attention
 
 
@@ -132,7 +131,7 @@ def attend_extend(
         softcap=config.attention_softcap,
         row_statistic=row_statistic if watch else None,
         merge=policy.merge,
-        implementation=config.kernels if config.kernels in EXTEND_IMPLEMENTATIONS else None,
+        implementation=config.kernels,
     )
     heads = jnp.moveaxis(out, 3, 1).reshape(batch, length, -1, size)
     new = New(
