@@ -1,13 +1,18 @@
 """Decode attention on TPU: a Pallas kernel reads one source at a time, straight from the codes that the cache stores.
 
-Grid (B, P, blocks of slots); the blocks of a row run one after another with the running maximum, sum and mean in scratch.
-Codes become numbers in registers, [H, slots] at a time; factors, as bfloat16 bits, multiply logits and weights:
+Grid (B, blocks of slots, P); the blocks of a row run one after another with its maximum, sum and mean in scratch. Rows are
+innermost, so that what is one number per slot comes for all rows at once. Codes become numbers in registers, [H, slots] at a
+time; factors, as bfloat16 bits, multiply logits and weights:
 
     codes [H', s] ─> levels [H, s] ─> q · levels ─> * scale + zero ─> logits [G, s] ─> weights * scale ─> · levels ─> [G, H]
 
 Query heads are padded to 8 rows, as registers are. Where channels fall into groups with factors of their own, the queries
 are repeated for each group with the other channels zeroed, so that one product serves all groups. A block without a live
 slot is neither fetched nor computed. The parts of several sources, and of a head's block rows, are merged outside.
+
+Nothing moves before the kernel reads it if slots are a multiple of 128 and rows of codes one of 8. Otherwise XLA saves padding
+by storing the array with its axes in another order (H = 80 at 2 or 3 bits, H = 96 at 3), and converts it at every call; so it
+does with kivi's factors unless 8 columns divide, and with factors of one group where B pads less than P.
 """
 
 import dataclasses
