@@ -233,7 +233,7 @@ def test_what_transformers_cannot_express_is_not_written():
         (dataclasses.replace(config, logit_softcap=5.0), "logit_softcap"),
         (dataclasses.replace(config, qkv_bias=True), "qkv_bias"),
         (dataclasses.replace(config, model_type="pocket"), "pocket"),
-        (dataclasses.replace(config, attention="ssa"), "attention"),
+        (dataclasses.replace(config, attention="another"), "attention 'another' is not known"),
     ):
         with pytest.raises(CheckpointError, match=named):
             config_to_json(changed, dtype="float32")

@@ -44,8 +44,9 @@ def join(family: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
     """The fields of config.json: `family`, those of `plain(config)`, and the section.
 
     Raises:
-      CheckpointError: some layers turn and some do not.
+      CheckpointError: an attention that no table has; some layers turn and some do not.
     """
+    _check_attention(config.attention)
     section = {"model_type": family["model_type"]}
     for name, usual in _USUAL.items():
         if getattr(config, name) != usual:
@@ -91,8 +92,7 @@ def apply(family: DecoderConfig, section: Mapping[str, Any]) -> DecoderConfig:
         name: value for name, value in section.items() if name not in ("model_type", "rope") and value is not None
     }
     attention, rope, ssa = changes.get("attention", "gqa"), section.get("rope"), changes.get("ssa")
-    if attention not in ATTENTION:
-        raise CheckpointError(f"{_WHERE}: attention {attention!r} is not known; known: {', '.join(ATTENTION)}")
+    _check_attention(attention)
     if rope not in (None, "none"):
         raise CheckpointError(f"{_WHERE}: rope {rope!r} is not known; known: none")
     if ssa is not None:
@@ -107,6 +107,11 @@ def apply(family: DecoderConfig, section: Mapping[str, Any]) -> DecoderConfig:
         return config if rope is None else _turned(config, "default", "none")
     except ValueError as error:
         raise CheckpointError(f"{_WHERE}: {error}") from error
+
+
+def _check_attention(name: str) -> None:
+    if name not in ATTENTION:
+        raise CheckpointError(f"{_WHERE}: attention {name!r} is not known; known: {', '.join(ATTENTION)}")
 
 
 def _only(given: Mapping[str, Any], known: set[str], where: str) -> None:
