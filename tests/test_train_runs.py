@@ -192,7 +192,6 @@ def test_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
         (("--optimizer.frozen", "*"), "leaves nothing to train"),
         (("--schedule.warmup", "6"), "leaves none of the 6 steps"),
         (("--data.tokenizer", "words"), "'words' is not known"),
-        (("--model.qk_norm", "true", "--model.window", "8"), "cannot express"),
         (("--sequence", "32", "--data.validation_share", "0.999"), "fewer than one sequence of 32"),
     ],
 )
