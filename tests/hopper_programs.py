@@ -43,7 +43,8 @@ def decode(keys, values, channels, dtype, group, softcap=None):
     new = jax.ShapeDtypeStruct((BATCH, HEADS, 1, channels), dtype)
     run = functools.partial(_attend, softcap=softcap and float(softcap), scores=True)
     stored = min(x.codes.size * x.codes.dtype.itemsize for x in (tier.keys, tier.values))
-    return run, (q, tier, new), (), stored
+    scores = 4 * BATCH * HEADS * int(group) * SLOTS
+    return run, (q, tier, new), (), max(stored, scores + 1)
 
 
 def loop(keys, values, channels, dtype, group):
