@@ -185,7 +185,8 @@ def differentiable(number: int):
 
     def loss(attend, floats):
         out, lse = attend(**floats, **integers, **fixed)
-        return (out * d_out).sum() + (lse * (lse > -1e29) * d_lse).sum()
+        where = jnp.where if isinstance(lse, jax.Array) else np.where
+        return (out * d_out).sum() + (where(lse > -1e29, lse, 0.0) * d_lse).sum()
 
     return floats, loss
 
@@ -275,10 +276,10 @@ def test_tolerances_see(wrong):
     elif wrong.endswith("temperature dropped"):
         bad = {wrong.removesuffix(" dropped").replace(" ", "_"): None}
     run = lambda q, k, v, o: dense(*map(jnp.asarray, (q, k, v)), **o)[0]
-    good, other = run(q, k, v, options), run(bad_q, bad_k, bad_v, options | bad) * (wrong != "zeros")
+    good, other = run(q, k, v, options), run(bad_q, bad_k, bad_v, options | bad) * float(wrong != "zeros")
     assert np.abs(good - other).max() > tolerances.FLASH_VISIBLE > 3 * tolerances.FLASH["bfloat16"][0]
     slope = lambda q, k, v, o: jax.grad(lambda q: jnp.sin(3 * run(q, k, v, o)).sum())(jnp.asarray(q))
-    good, other = slope(q, k, v, options), slope(bad_q, bad_k, bad_v, options | bad) * (wrong != "zeros")
+    good, other = slope(q, k, v, options), slope(bad_q, bad_k, bad_v, options | bad) * float(wrong != "zeros")
     assert np.abs(good - other).max() > 100 * tolerances.FLASH_GRADIENT * np.abs(good).max()
 
 
@@ -378,9 +379,9 @@ def test_refusals():
 def test_the_kernels_are_in_a_program_for_a_tpu_and_in_no_other():
     q, k = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 1, 1, 128, 64), (1, 1, 128, 64)))
     f = jax.grad(lambda q, k: flash_attention(q, k, k, scale=1.0, causal=True)[0].sum())
-    for platform, count in (("tpu", 3), ("cpu", 0)):
+    for platform in ("tpu", "cpu"):
         text = jax.jit(f).trace(q, k).lower(lowering_platforms=(platform,)).as_text()
-        assert text.count("@tpu_custom_call") == count, platform
+        assert ("@tpu_custom_call" in text) == (platform == "tpu"), platform
 
 
 def test_both_ways_of_slanting_are_one():
