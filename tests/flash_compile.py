@@ -7,13 +7,7 @@ import json
 import os
 import sys
 
-QUIET = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
+from tpu_compile import ENVIRONMENT
 
 
 def compile_for(topology: str, programs: dict) -> None:
@@ -72,7 +66,7 @@ def programs(cases) -> dict:
 
 
 if __name__ == "__main__":
-    os.environ.update(QUIET)
+    os.environ.update(ENVIRONMENT)
     from flash_cases import CASES
 
     chosen = list(enumerate(CASES))[:: int(sys.argv[1])]

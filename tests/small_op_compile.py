@@ -10,14 +10,8 @@ import pathlib
 import subprocess
 import sys
 
-TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside other test workers
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
+from tpu_compile import ENVIRONMENT, TOPOLOGIES  # noqa: F401 the tests' too
+
 QUANTIZE = {  # [B, P, S, H], dtype; each with every scheme that takes it
     "a prompt": ((2, 2, 1024, 128), "bfloat16"),
     "a prompt of part of a block": ((1, 2, 1120, 64), "float32"),

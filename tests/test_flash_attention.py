@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import tolerances
 from flash_cases import CASES, Case, cast, make, never
-from flash_compile import QUIET
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compile import ENVIRONMENT
 
 from pallas_kernels.column_sums import column_sums
 from pallas_kernels.flash_attention import (
@@ -432,7 +432,7 @@ def as_given(x):
     ],
 )
 def test_tpu_programs_compile(compilers_python, step, topologies):
-    place = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    place = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
         [compilers_python, str(ROOT / "tests" / "flash_compile.py"), str(step), *topologies],
         env=place, capture_output=True, text=True, timeout=1500,

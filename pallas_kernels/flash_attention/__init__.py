@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import Implementation, call, takes_all
-from pallas_kernels.flash_attention import tpu, tpu_backward, xla
+from pallas_kernels.flash_attention import gpu, tpu, tpu_backward, xla
 from pallas_kernels.flash_attention.operands import DEAD, GLOBAL, NEG, Operands, Rule
 
 __all__ = ["BACKWARD", "DEAD", "GLOBAL", "IMPLEMENTATIONS", "NEG", "fold", "flash_attention"]
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.forward, tpu.why_not, platform="tpu"),
+    "gpu": Implementation(gpu.of_operands, gpu.why_not, platform="cuda"),
     "interpret": Implementation(functools.partial(tpu.forward, interpret=True), tpu.why_not, by_name_only=True),
     "xla": Implementation(xla.forward, takes_all),
 }
