@@ -50,7 +50,9 @@ def causal_conv(x, filters, bias, taps, *, valid=None, implementation: str | Non
         rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1  # of a token among the valid ones
         count = rank[:, -1:] + 1
         index = jax.lax.broadcasted_iota(jnp.int32, valid.shape, 1)
-        order = jnp.argsort(~valid, axis=1, stable=True)
+        place = jnp.where(valid, rank, valid.shape[1])
+        row = jnp.arange(valid.shape[0], dtype=jnp.int32)[:, None]
+        order = jnp.zeros(valid.shape, jnp.int32).at[row, place].set(index, mode="drop")
         there = index < count
         x4 = _move(x4, order, there, rank, valid)
     else:
