@@ -15,10 +15,12 @@ from jaxkv.policies import make_policy
 from jaxkv.quantization import SCHEMES, get_scheme
 from jaxkv.types import TierSpec
 from pallas_kernels.causal_conv import causal_conv
+from pallas_kernels.column_sums import column_sums
 from pallas_kernels.decode_attention import Source, decode_attention
 from pallas_kernels.dispatch import PLATFORMS as COMPILED
 from pallas_kernels.dispatch import chosen
 from pallas_kernels.extend_attention import TierSource, extend_attention
+from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.quantize import quantize
 
 PLATFORMS = ("cpu", "tpu", "gpu")
@@ -34,7 +36,7 @@ def kernel_rows(config, dtype: str) -> list[dict]:
     """
     rows = []
     for operation, case in CASES.items():
-        for name in SCHEMES if operation not in DIFFERENTIATED else (None,):
+        for name in SCHEMES if operation not in WITHOUT_SCHEME else (None,):
             try:
                 scheme = None if name is None else get_scheme(name)
                 if scheme:
@@ -160,10 +162,31 @@ def _causal_conv(config, dtype, scheme, ask):
     jax.grad(lambda x: causal_conv(x, filters, None, None, implementation=ask)[0].sum().astype(jnp.float32))(x)
 
 
+def _flash(config, dtype, scheme, ask):
+    heads, size = config.num_kv_heads, config.head_dim
+    q, k = _normal(dtype, 1, heads, config.num_heads // heads, TOKENS, size), _normal(dtype, 1, heads, TOKENS, size)
+    attend = lambda q: flash_attention(
+        q, k, k, causal=True, scale=config.query_scale, softcap=config.attention_softcap, implementation=ask
+    )
+    jax.grad(lambda q: attend(q)[0].astype(jnp.float32).sum())(q)
+
+
+def _column_sums(config, dtype, scheme, ask):
+    heads, size = config.num_kv_heads, config.head_dim
+    q, k = _normal(dtype, 1, heads, config.num_heads // heads, TOKENS, size), _normal(dtype, 1, heads, TOKENS, size)
+    column_sums(
+        q, k, jnp.zeros(q.shape[:-1]), causal=True, scale=config.query_scale, softcap=config.attention_softcap,
+        implementation=ask,
+    )  # fmt: skip
+
+
 CASES = {  # operation: a call of it on shapes of a model
     "decode_attention": _decode,
     "extend_attention": _extend,
     "quantize": _quantize,
+    "flash_attention": _flash,
+    "column_sums": _column_sums,
     "causal_conv": _causal_conv,
 }
-DIFFERENTIATED = ("causal_conv",)  # these know no scheme, and their backward pass is asked too
+DIFFERENTIATED = ("flash_attention", "causal_conv")  # their backward pass is asked too
+WITHOUT_SCHEME = (*DIFFERENTIATED, "column_sums")  # these know no scheme

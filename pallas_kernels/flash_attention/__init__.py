@@ -163,7 +163,7 @@ def _backward(rule, scale, implementation, kept, cotangents):
     folded, pull = jax.vjp(lambda *a: of_floats(*a)._replace(**dict.fromkeys(integers)), floats, *temperatures)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     folded = folded._replace(**integers)
-    d_folded = call("flash_attention", BACKWARD, implementation, folded, lse, delta, d_out, rule=rule)
+    d_folded = call("flash_attention backward", BACKWARD, implementation, folded, lse, delta, d_out, rule=rule)
     return pull(d_folded)
 
 
