@@ -47,7 +47,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/footprint.py
 
 docs: .venv/ready
-	$(BIN)/pdoc --output-directory docs/api jaxkv pallas_kernels infer
+	$(BIN)/pdoc --output-directory docs/api jaxkv pallas_kernels infer train
 
 clean:
 	rm -rf .venv docs/api
