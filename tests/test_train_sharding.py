@@ -87,7 +87,7 @@ print(json.dumps([found, layout]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_eight_devices_give_the_losses_of_one(tmp_path):
     """Every kind of mesh of eight; a checkpoint of one mesh goes on on another."""
     pytest.importorskip("grain")
