@@ -1,7 +1,7 @@
 """Which kernel runs: every operation of `pallas_kernels`, every storage scheme, every platform, and why not another.
 
-Nothing runs and no device is touched: each operation is called on shapes, and in place of an implementation stands a
-function that asks the table of the operation what it would choose.
+Nothing runs: each operation is called on shapes, and in place of an implementation stands a function that asks the table of
+the operation what it would choose.
 """
 
 import contextlib
