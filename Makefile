@@ -35,8 +35,8 @@ test: .venv/ready lint
 slow: .venv/ready $(COMPILERS)/ready
 	JAXKV_COMPILERS_PYTHON=$(CURDIR)/$(COMPILERS)/bin/python $(PYTEST) -m slow
 
-exhaustive: .venv/ready
-	$(PYTEST) -m exhaustive
+exhaustive: .venv/ready $(COMPILERS)/ready
+	JAXKV_COMPILERS_PYTHON=$(CURDIR)/$(COMPILERS)/bin/python $(PYTEST) -m exhaustive
 
 lint: .venv/ready
 	$(BIN)/ruff check .

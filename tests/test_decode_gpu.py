@@ -57,14 +57,14 @@ def tolerance(one):
 
 
 @interpreted
-@pytest.mark.parametrize("name", [FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in NUMERIC if n != FAST)])
+@pytest.mark.parametrize("name", [FAST, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in NUMERIC if n != FAST)])
 def test_numbers(name):
     one = NUMERIC[name]
     check(one, make(one), tolerance(one))
 
 
 @interpreted
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tolerance_sees_a_wrong_kernel():
     """Keys for values, a mask off by one, a scale and a zero dropped."""
     one = case("144 int8 some")
@@ -134,7 +134,7 @@ MACHINE = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_machine_code(compilers_python):
     """Down to what an H100 runs, with no register spilled and no copy of a tier in the program."""
     found = compile_for_hopper(compilers_python, MACHINE)
@@ -145,7 +145,7 @@ def test_machine_code(compilers_python):
         assert not one.copied, (name, one.copied)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_decode_loop_keeps_the_cache_in_place(compilers_python):
     (one,) = compile_for_hopper(compilers_python, ["loop:int4,int4,128,bfloat16,4"]).values()
     assert one.error is None, one.error

@@ -17,7 +17,7 @@ QUICK = ("group, ragged", "window and tiers", "segments", "all dead")
 HASTE = {"xla_backend_optimization_level": 0}  # an interpreter runs once
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXTEND])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.exhaustive) for n in EXTEND])
 def test_extend(name):
     arguments, options = make_extend(EXTEND[name], len(name))
     length = EXTEND[name].shape[3]

@@ -40,7 +40,7 @@ def each(quick):
     """Both implementations on all cases; those of which quick(implementation, number) is not true only in the slow set."""
     pairs = itertools.product(["xla", "interpret"], range(len(CASES)))
     return pytest.mark.parametrize(
-        "implementation, number", [pytest.param(*p, marks=() if quick(*p) else pytest.mark.slow) for p in pairs]
+        "implementation, number", [pytest.param(*p, marks=() if quick(*p) else pytest.mark.exhaustive) for p in pairs]
     )
 
 
@@ -399,7 +399,7 @@ def test_both_ways_of_slanting_are_one():
         assert (slanted(False, shift) == want).all() and (slanted(True, shift) == want).all()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bounds():
     """The TPU interpreter stops where a block lies outside its array."""
     q, k, v, options = make(Case(2, 16, 200, 60, 1, "float32", "window", "dead", None, None, None, "head"))
@@ -427,7 +427,7 @@ def as_given(x):
 @pytest.mark.parametrize(
     "step, topologies",
     [
-        pytest.param(3, ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"], marks=pytest.mark.slow),
+        pytest.param(3, ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"], marks=pytest.mark.exhaustive),
         pytest.param(1, ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"], marks=pytest.mark.exhaustive),
     ],
 )

@@ -34,7 +34,7 @@ CASES = {  # G, T, S, H, causal, softcap
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="the GPU interpreter of this JAX lacks the kernel's operations"
 )
@@ -72,7 +72,7 @@ def test_what_it_cannot_do_it_says():
     assert "windows, segments" in refusal(query_segments=object())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_machine_code(compilers_python):
     found = compile_for_hopper(compilers_python, ["flash:128,causal", "flash:64,full", "flash:128,full,30"])
     for name, one in found.items():

@@ -253,7 +253,7 @@ def assert_consistent(found):
     assert report["speeds"]["v5e"]["tokens_per_second"] == report["batch"] * 819e9 / report["read"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_for_one_chip(one_chip):
     assert_arguments(one_chip["arguments"])
     for found in one_chip["cases"].values():
@@ -266,7 +266,7 @@ def test_compiled_for_one_chip(one_chip):
     assert "extrapolated linearly to all (3 layers)" in part["layers"] and whole["layers"] == "all layers compiled"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_for_four_chips(compilers_python):
     """Two kinds of layers, two tiers, a second reading."""
     run = in_process(compilers_python, "tests/plan_run.py", "v5e:2x2", "full", "gemma tiers", "replay")
@@ -277,7 +277,7 @@ def test_compiled_for_four_chips(compilers_python):
         assert one["report"]["mesh"] == {"data": 1, "tensor": 4}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name, topology, options",
     [

@@ -36,12 +36,14 @@ def found():
     return json.loads(done.stdout)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ["llama h2o", "gemma mikv"])
 def test_cut_or_whole_is_the_same(found, case):
     assert found[case]["hidden"] < tolerances.HIDDEN and found[case]["logits"] < tolerances.LOGITS
     assert found[case]["moved"] == 0  # the same tokens are kept in the same slots
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ["wrong order", "no sums"])
 def test_the_tolerance_sees_a_wrong_cut(found, case):
     assert found[case]["hidden"] > tolerances.VISIBLE and found[case]["logits"] > tolerances.VISIBLE

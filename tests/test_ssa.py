@@ -408,12 +408,12 @@ def given(wide, ssa_reference=SsaReference):
     [
         ("recency", None),
         ("scissorhands", "keys and values apart"),
-        pytest.param("h2o", "bf16 over int4", marks=pytest.mark.slow),
-        *(pytest.param(name, None, marks=pytest.mark.slow) for name in EVICTING if name != "recency"),
-        pytest.param("keydiff", "balanced keys", marks=pytest.mark.slow),
-        pytest.param("expected-attention", "fp8 over int3", marks=pytest.mark.slow),
-        pytest.param("snapkv", "int8 over int2", marks=pytest.mark.slow),
-        pytest.param("tova", "three down", marks=pytest.mark.slow),
+        pytest.param("h2o", "bf16 over int4", marks=pytest.mark.exhaustive),
+        *(pytest.param(name, None, marks=pytest.mark.exhaustive) for name in EVICTING if name != "recency"),
+        pytest.param("keydiff", "balanced keys", marks=pytest.mark.exhaustive),
+        pytest.param("expected-attention", "fp8 over int3", marks=pytest.mark.exhaustive),
+        pytest.param("snapkv", "int8 over int2", marks=pytest.mark.exhaustive),
+        pytest.param("tova", "three down", marks=pytest.mark.exhaustive),
     ],
 )
 def test_policies_and_schemes_on_a_model_with_temperatures(name, tiers):
@@ -439,7 +439,9 @@ def test_policies_and_schemes_on_a_model_with_temperatures(name, tiers):
         assert kept_sets(state) == kept_sets(results[4])
 
 
-@pytest.mark.parametrize("cache, budget", [("full", None), pytest.param("scissorhands", 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cache, budget", [("full", None), pytest.param("scissorhands", 100, marks=pytest.mark.exhaustive)]
+)
 def test_generating(cache, budget):
     """`infer` needs to know nothing of it: greedy tokens are those of the plain forward pass, where all of it is kept."""
     lm = model(attention="ssa", ssa=DEFAULT)

@@ -33,7 +33,7 @@ def finish(*processes):
         assert process.returncode == 0, said
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_are_one_run(tmp_path):
     pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("".join(np.random.default_rng(0).choice(list("abcd \n"), 600)))
