@@ -219,10 +219,12 @@ def test_the_newest_and_the_best_stay(tmp_path):
     for step, loss in ((1, 2.0), (2, 1.0), (3, 1.5), (4, None)):
         checkpoints.save(small_state(step), {"data": {}}, loss=loss)
     checkpoints.wait()
-    assert (checkpoints.steps(), checkpoints.best()) == ([2, 4], 2)
+    assert checkpoints.steps() == [2, 4]
     checkpoints.close()
 
 
+# What orbax's other writers raise when one has failed is collected by no one.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk(tmp_path):
     """Files may not grow beyond what the second checkpoint needs: a named error, and the first is still there."""
     checkpoints = Checkpoints(str(tmp_path), keep=2)

@@ -9,10 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from cache_harness import PLAIN
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from train.config import Compute, TrainError
-from train.sharding import LOGICAL, MESH_AXIS, check_batch, make_mesh, parameter_spec, unsharded
+from train.sharding import LOGICAL, MESH_AXIS, check_batch, check_heads, make_mesh, parameter_spec, unsharded
 
 ROOT = pathlib.Path(__file__).parent.parent
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
@@ -55,6 +56,9 @@ def test_a_mesh_of_what_is_left():
     with pytest.raises(TrainError, match="batch 12 in 2 parts gives 6 rows, which 4 devices"):
         check_batch(MESH, 12, 2)
     check_batch(MESH, 8, 2)
+    check_heads(MESH, PLAIN)
+    with pytest.raises(TrainError, match="2 kv heads cannot be cut over tensor 8; --compute.tensor takes 1, 2 for"):
+        check_heads(AbstractMesh((1, 1, 8), ("data", "fsdp", "tensor")), PLAIN)
 
 
 EIGHT = """
@@ -89,10 +93,10 @@ print(json.dumps([found, layout]))
 
 @pytest.mark.exhaustive
 def test_eight_devices_give_the_losses_of_one(tmp_path):
-    """Every kind of mesh of eight; a checkpoint of one mesh goes on on another."""
+    """Every kind of mesh of eight that these two kv heads allow; a checkpoint of one mesh goes on on another."""
     pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(97, 123, 3000))))
-    meshes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 1, 4)]
+    meshes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2), (2, 1, 1, 4)]
     place = {
         **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -109,4 +113,4 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
         for step, loss in losses.items():
             np.testing.assert_allclose(loss, expected[step], rtol=2e-5, err_msg=f"{name} step {step}")
     assert list(found["moved"]) == ["3", "4"]
-    assert layout["1x1x1"] == [32, 64] and layout["2x2x2"] == [16, 32] and layout["1x1x8"] == [32, 8]
+    assert layout["1x1x1"] == [32, 64] and layout["2x2x2"] == [16, 32] and layout["1x4x2"] == [8, 32]

@@ -128,12 +128,6 @@ class Checkpoints:
         """Of the checkpoints that are complete, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def best(self) -> int | None:
-        """The step of the lowest validation loss among them."""
-        losses = {step: (self._manager.metrics(step) or {}).get("loss") for step in self.steps()}
-        losses = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(losses, key=losses.get) if losses else None
-
     def save(self, state: TrainState, meta: dict[str, Any], *, loss: float | None) -> None:
         """Starts writing; returns once the arrays are copied. An earlier one is waited for.
 

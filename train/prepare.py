@@ -19,7 +19,7 @@ from train.config import Recipe, TrainError, decoder_config
 from train.data import Windows, check_vocabulary, load_texts, make_corpus, make_tokenizer
 from train.lora import make_adapters
 from train.optimizer import flatten, make_optimizer, make_schedule, split_frozen
-from train.sharding import check_batch, make_mesh, state_shardings
+from train.sharding import check_batch, check_heads, make_mesh, state_shardings
 from train.step import Plan, TrainState
 
 
@@ -69,6 +69,7 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
     training, validating = load_texts(recipe.data)
     tokenizer = _tokenizer(recipe, [*training, *validating], base, resumes)
     config = base.config if base else decoder_config(recipe.model, recipe.model.vocab_size or tokenizer.vocab_size)
+    check_heads(mesh, config)
     check_vocabulary(tokenizer, config.vocab_size, exact=base is None)
     corpus = make_corpus(training, tokenizer)
     windows = Windows(corpus, sequence=recipe.sequence, whole=recipe.data.whole, seed=recipe.seed)
