@@ -30,7 +30,7 @@ def found():
     place = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "tests" / "sharded_run.py")],
-        env=place, capture_output=True, text=True, timeout=600,
+        env=place, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
