@@ -162,7 +162,7 @@ class DecoderConfig:
     learned_positions: int | None = None
     attention: str = "gqa"
     ssa: SsaConfig | None = None
-    kernels: str | None = None
+    kernels: str | None = dataclasses.field(default=None, repr=False)
     tensor_axis: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):

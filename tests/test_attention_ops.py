@@ -388,5 +388,5 @@ def test_rows_of_one_head_are_one_long_row():
 
 
 def test_an_implementation_that_does_not_exist():
-    with pytest.raises(ValueError, match="'cuda'; it has: xla"):
+    with pytest.raises(ValueError, match="'cuda'; it has: tpu, gpu, interpret, xla"):
         decode_attention((), scale=1.0, softcap=None, implementation="cuda")

@@ -7,6 +7,7 @@ so the budget can follow it. A file here says, for shares of a whole cache, whic
      "heads": [[[share per level] per kv head] per layer]}
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,8 +21,11 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def digest_of(config: DecoderConfig) -> str:
-    """Identifies an architecture: models with equal configurations share a calibration."""
-    return hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+    """Identifies an architecture: models with equal configurations share a calibration. Fields at their defaults do not
+    count, so that a new switch leaves those that do without it as they are; nor does how a program runs (`repr=False`)."""
+    fields = [f for f in dataclasses.fields(config) if f.repr]
+    told = [(f.name, getattr(config, f.name)) for f in fields if getattr(config, f.name) != f.default]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 @functools.cache
