@@ -216,7 +216,7 @@ def _source(queries: Array, tier: Tier, layer: LayerState, *, packed: bool = Fal
     weighed = queries
     if keys.balanced:
         factor = factor_of(to_rows(layer.balance, layer.owner))
-        weighed = queries / factor.reshape(*factor.shape[:2], *(1,) * (queries.ndim - 3), -1)
+        weighed = queries.astype(jnp.float32) / factor.reshape(*factor.shape[:2], *(1,) * (queries.ndim - 3), -1)
     return Source(
         queries=keys.into_basis(weighed).astype(queries.dtype),
         keys=packed_keys(tier) if packed else tier_keys(tier),
