@@ -8,6 +8,7 @@
 Parameters that are not trained are not stored: they come from the base checkpoint, or from the seed, and are checked.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -105,6 +106,20 @@ def _shapes(arrays) -> dict[str, list]:
     return {name: [list(x.shape), str(x.dtype)] for name, x in arrays.items()}
 
 
+class _Unreadable(contextlib.AbstractContextManager):
+    """Takes what orbax raises for files that it cannot read: DAMAGE, and the bare class `Exception`, none that derives from
+    it; never a TrainError."""
+
+    error = None
+
+    def __exit__(self, kind, error, traceback):
+        damaged = kind is Exception or (kind is not None and issubclass(kind, DAMAGE))
+        if not damaged or issubclass(kind, TrainError):
+            return False
+        self.error = error
+        return True
+
+
 class Checkpoints:
     """The checkpoints of one run. keep: the newest so many stay, beside the best by validation loss."""
 
@@ -171,14 +186,9 @@ class Checkpoints:
         """
         arrays = to_arrays(like)
         for step in reversed(self.steps()):
-            try:
+            with _Unreadable() as unreadable:
                 return self._read(step, like, arrays)
-            except TrainError:
-                raise
-            except Exception as error:  # orbax raises this very class where an array cannot be read
-                if type(error) is not Exception and not isinstance(error, DAMAGE):
-                    raise
-                self._put_aside(step, error.__cause__ or error)
+            self._put_aside(step, unreadable.error.__cause__ or unreadable.error)
         return None
 
     def _read(self, step: int, like: TrainState, arrays) -> tuple[TrainState, dict[str, Any]]:
