@@ -26,7 +26,7 @@ def test_reference_by_hand():
         ours = causal_conv(
             *map(jnp.asarray, (x, filters[:, 0], bias[0], taps)), valid=valid, implementation=implementation
         )
-        np.testing.assert_allclose(ours[0].ravel(), y.ravel(), rtol=1e-6)
+        np.testing.assert_allclose(ours[0].ravel(), y.ravel(), rtol=tolerances.BY_HAND_FLOAT32)
 
 
 def test_reference_gradients_by_differences():

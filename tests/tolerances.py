@@ -24,6 +24,7 @@ ROTATION = 2e-6  # float32 rotations of vectors of size 1
 ROPE_SCALE = 1e-6  # relative, one float32 number against its float64 formula
 ROPE_DYNAMIC = 1e-5  # relative; there the base itself is a float32 power of the length
 LINEAR = 5e-6  # a float32 product over 33 terms of size 1, against float64
+BY_HAND_FLOAT32 = 1e-6  # relative, the same in float32
 BY_HAND = 1e-14  # relative, float64 references on cases of a few operations: some units in the last place
 CROWD = 1e-5  # relative, float32 sums of up to 23 x 35 weighted counts, which reach the hundreds
 LOGITS = 2e-5  # of a tiny model, and their log-softmax, by two programs
@@ -66,3 +67,14 @@ FLASH = {"float32": (2e-5, 1e-5, 2e-6), "bfloat16": (0.05, 0.02, 0.01)}
 FLASH_GRADIENT = 2e-5  # of the largest entry of a gradient, float32, against float32 autodiff with all logits in memory
 FLASH_SLOPE = 2e-4  # of the size of the summed terms, float32 gradients against differences of the float64 reference
 FLASH_VISIBLE = 0.2  # the least error of a wrong kernel: 4 times the tolerance in bfloat16
+
+# Training: adapters, several devices, and what papers print
+ADAPTED = 1e-5  # relative and absolute, a float32 product of rank 2 added to a kernel of size 1
+ADAPTED_LOGITS = 1e-4  # of a model with adapters added at use, against one with them merged
+MESH_LOSS = 2e-5  # relative, a loss after steps on another mesh: other orders of float32 sums
+PROCESS_LOSS = 1e-5  # relative, of two processes that share a batch
+PARTS = 1e-5  # relative, metrics of a batch in one part and in several
+SLOPE = 5e-3  # relative, a float32 gradient against differences of a float32 loss
+RATE = 1e-6  # relative, schedules and merged kernels in float32
+PUBLISHED = 1e-4  # relative, of a number printed with four digits
+DILUTION = (0.005, 0.02)  # absolute, of means printed with three and two digits over as many random rows

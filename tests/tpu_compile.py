@@ -18,14 +18,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from infer import chips
+
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside other test workers
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", **chips.ENVIRONMENT}
 HERE = pathlib.Path(__file__).parent
 
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.flash_attention.operands import NEG
+
 BLOCK = 128  # keys at a time
 ROWS = 64  # queries of a warpgroup
 STAGES = 2
 LOG2E = float(np.log2(np.e))
-NEGATIVE = float(np.float32(-1e30))
 
 
 def why_not(x, *, rule) -> str | None:
@@ -114,7 +115,7 @@ def _run(q, k, v, *, causal, scale, softcap, interpret):
                 if causal:
                     at = lambda axis: plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), axis, layout=wgmma)
                     seen = at(0) + (first + offset) >= at(1) + number * BLOCK
-                    logits = jnp.where(seen, logits, NEGATIVE)
+                    logits = jnp.where(seen, logits, NEG)
                 highest = jnp.maximum(top, logits.max(axis=1))
                 p = jnp.exp2((logits - wide(highest, BLOCK)) * LOG2E)
                 if causal:
@@ -128,12 +129,12 @@ def _run(q, k, v, *, causal, scale, softcap, interpret):
 
             flat = lambda value: cast(jnp.full((ROWS,), value, jnp.float32), over_rows)
             zeros = cast(jnp.zeros((ROWS, size), jnp.float32), wgmma)
-            top, total, out = lax.fori_loop(0, count, one, (flat(NEGATIVE), flat(0.0), zeros))
+            top, total, out = lax.fori_loop(0, count, one, (flat(NEG), flat(0.0), zeros))
             there = total > 0
             safe = jnp.where(there, total, 1.0)
             # the queries have been read, and their place is free
             queries[...] = (out * wide(1.0 / safe, size)).astype(jnp.bfloat16)
-            lse_s.at[worker][...] = jnp.where(there, top + jnp.log(safe), NEGATIVE)
+            lse_s.at[worker][...] = jnp.where(there, top + jnp.log(safe), NEG)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(queries, out_g.at[row, head, pl.ds(first, ROWS)])
             plgpu.copy_smem_to_gmem(lse_s.at[worker], lse_g.at[row, head, pl.ds(first, ROWS)])

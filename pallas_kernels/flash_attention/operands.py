@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NEG = float(
-    np.float32(-1e30)
-)  # the log-sum-exp of a row that sees nothing; finite, so that no difference of two makes NaN
+# The log-sum-exp of a row that sees nothing; finite, so that no difference of two makes NaN
+NEG = float(np.float32(-1e30))
 GLOBAL, DEAD = -1, -2  # segments: sees and is seen by all; sees nothing and is seen by none
 
 
