@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None, *, plugins=None) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    print("jaxkv: error:", str(error).replace("\n", " ") or type(error).__name__, file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    print("jaxkv: error:", text.replace("\n", " ") or type(error).__name__, file=sys.stderr)
     return 2
 
 
@@ -121,7 +124,6 @@ def _parser(plugins=None):
         group = sub.add_argument_group("model")
         group.add_argument("--model", default="smollm2", help="name, directory, .gguf file or Hugging Face id")
         group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and cache")
-        group.add_argument("--adapter", help="folder of LoRA adapters to add to the model")
         group.add_argument("--revision", help="of a Hugging Face id")
         group.add_argument("--token", help="for a Hugging Face id")
         group.add_argument("--offline", action="store_true", help="use only what the hub's cache folder holds")
@@ -140,12 +142,15 @@ def _parser(plugins=None):
     sub.add_argument("--samples", type=_whole(1), default=1, help="completions per prompt")
     sub.add_argument("--logprobs", action="store_true", help="with --json or --jsonl: log probabilities of the tokens")
     sub.add_argument("--output", help="write to this file instead of standard output")
+    _adapter_option(sub)
     _generation_options(sub)
     sub = command("chat", _chat, "talk to the model over one budgeted cache")
     sub.add_argument("--document", help="a text file to read before the first question")
     sub.add_argument("--max-tokens", type=_whole(1), help="planned length of it all; default: the model's window")
+    _adapter_option(sub)
     _generation_options(sub)
     sub = command("evaluate", _evaluate, "compare caches with the full cache on the same text")
+    _adapter_option(sub)
     sub.add_argument("--text", required=True, help=f"a UTF-8 file or one of {', '.join(TEXTS)}; also fills the tasks")
     sub.add_argument("--caches", default="full,scissorhands,h2o,recency,random", help="caches, with commas")
     sub.add_argument("--budgets", default="100%,50%,25%,12.5%", help="budgets, with commas")
@@ -172,6 +177,10 @@ def _parser(plugins=None):
     for add_command in plugins:
         add_command(commands)
     return parser
+
+
+def _adapter_option(sub):
+    sub.add_argument("--adapter", help="folder of LoRA adapters to add to the model")
 
 
 def _generation_options(sub):
