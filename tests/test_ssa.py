@@ -39,6 +39,7 @@ from infer.cli import main
 from jaxkv import decoder
 from jaxkv.attention.ssa import ROLES, SelectiveAttention, from_gqa, temperature
 from jaxkv.cache import drop, extend, forward
+from jaxkv.causal import causal_forward
 from jaxkv.checkpoints import CheckpointError, open_checkpoint, read_config, save
 from jaxkv.checkpoints.huggingface_config import config_to_json, parse_config
 from jaxkv.config import SsaConfig
@@ -377,24 +378,22 @@ def test_what_follows_a_dropped_end_counts_from_there():
 
 
 def test_packed_documents_are_sequences_of_their_own():
-    """Positions begin again, also where two neighbours in a row have pads between and within them."""
+    """In the forward pass of training, positions begin again with each."""
     config = with_ssa(MIXED, ALL)
     params, _ = stirred(config)
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, 64, (2, 20)).astype(np.int32)
-    documents = np.repeat([[0, 1, 0, 3], [7, 7, 7, 2]], [5, 9, 2, 4], axis=1).astype(np.int32)
-    valid = np.ones((2, 20), bool)
-    valid[0, [0, 5, 8]], valid[1, 16:18] = False, False
-    found = forward(
-        params, jnp.asarray(tokens), config=config, valid=jnp.asarray(valid), documents=jnp.asarray(documents)
-    )
-    for row, start, stop in ((0, 0, 5), (0, 5, 14), (0, 14, 16), (0, 16, 20), (1, 0, 16), (1, 16, 20)):
-        there = np.flatnonzero(valid[row, start:stop]) + start
-        alone = forward(params, jnp.asarray(tokens[row, there][None]), config=config)[0]
-        np.testing.assert_allclose(np.asarray(found)[row, there], alone, rtol=0, atol=tolerances.HIDDEN)
-    state = new_state(small("full"), ((SLOTS, SLOTS),), config)
-    with pytest.raises(ValueError, match="a state that stores nothing"):
-        extend(params, jnp.asarray(tokens), state, config=config, positions=jnp.asarray(documents))
+    sizes = [5, 9, 2, 4]
+    segments = np.repeat([[0, 1, 2, 3], [7, 8, 9, 2]], sizes, axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(size) for size in sizes])[None].repeat(2, axis=0).astype(np.int32)
+    found = causal_forward(
+        params, jnp.asarray(tokens), config=config, positions=jnp.asarray(positions), segments=jnp.asarray(segments),
+        remat="none",
+    )  # fmt: skip
+    for row, start, size in [(row, *one) for row in range(2) for one in ((0, 5), (5, 9), (14, 2), (16, 4))]:
+        stop = start + size
+        alone = forward(params, jnp.asarray(tokens[row, start:stop][None]), config=config)[0]
+        np.testing.assert_allclose(np.asarray(found)[row, start:stop], alone, rtol=0, atol=tolerances.HIDDEN)
 
 
 # The cache

@@ -54,13 +54,11 @@ class New:
     balance: Array | None
 
 
-def make_context(state, valid, candidates, segments, replay=None, positions=None) -> Context:
-    """Positions follow on from the state, unless given; a token that is not valid takes none, and replayed ones start
-    behind all."""
+def make_context(state, valid, candidates, segments, replay=None) -> Context:
+    """Positions follow on from the state; a token that is not valid takes none, and replayed ones start behind all."""
     lasting = valid if replay is None else valid & (replay == 0)
     steps = jnp.cumsum(lasting, axis=1, dtype=jnp.int32)
-    if positions is None:
-        positions = state.next_position[:, None] + jnp.maximum(steps - 1, 0)
+    positions = state.next_position[:, None] + jnp.maximum(steps - 1, 0)
     count = steps[:, -1]
     if replay is not None:
         positions = jnp.where(replay > 0, (state.next_position + count)[:, None] + replay - 1, positions)

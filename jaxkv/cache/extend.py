@@ -35,7 +35,6 @@ def extend(
     visibility: str = "causal",
     segments: Array | None = None,
     replay: Array | None = None,
-    positions: Array | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Array, State]:
     """Runs T new tokens through the model on top of `state`, and stores the candidates among them.
@@ -53,7 +52,6 @@ def extend(
       replay: [B, T] int32, default all 0: n > 0 is the n-th token of a passage that only looks at what precedes it, for
         policies that learn from that (KVzip): it is not stored, stands at the n-th position behind the row's last token,
         and the row's next token takes no notice of it. Passages behind one another are kept apart by `segments`.
-      positions: [B, T] int32 in place of those that follow on from the state, for a state that stores nothing.
       progress: called with (layers done, layers) from the Python loop.
     Returns: hidden [B, T, D] before the head, after the final norm (`jaxkv.decoder.logits` makes logits); the state.
     Raises: ValueError for shapes that disagree, an unknown visibility, or a `full` state without room (outside jit).
@@ -66,18 +64,15 @@ def extend(
     everything = jnp.ones((batch, length), bool)
     valid = everything if valid is None else valid
     candidates = everything if candidates is None else candidates
-    named = {"candidates": candidates, "segments": segments, "replay": replay, "positions": positions}
-    for name, array in {"valid": valid, **named}.items():
+    for name, array in (("valid", valid), ("candidates", candidates), ("segments", segments), ("replay", replay)):
         if array is not None and array.shape != (batch, length):
             raise ValueError(f"{name} must be [B, T] = {(batch, length)}, got {array.shape}")
-    if positions is not None and any(layer.tiers for layer in state.layers):
-        raise ValueError("positions can be given to a state that stores nothing; others number their tokens themselves")
     _refuse_overflow(state, valid & candidates if replay is None else valid & candidates & (replay == 0), config)
-    _refuse_distant(state, valid, positions, config)
+    _refuse_distant(state, valid, config)
     outer = {name: params[name] for name in ("embedder", "positions", "head") if name in params}
     x, context = _begin(
         outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments, replay,
-        positions, config=config,
+        config=config,
     )  # fmt: skip
     fresh = _is_fresh(state)
     layers = []
@@ -120,33 +115,16 @@ def decode(params, token: Array, state: State, *, config: DecoderConfig, valid: 
     return hidden, state
 
 
-def forward(
-    params, tokens: Array, *, config: DecoderConfig, valid: Array | None = None, documents: Array | None = None
-) -> Array:
-    """The plain forward pass, hidden [B, T, D]: `extend` on a state that stores nothing.
-
-    documents: [B, T] int32 >= 0, for sequences packed behind one another: each run of one number is a sequence that sees
-    itself only and counts its positions from 0 (the longest fixes RoPE kinds that depend on length). None: a row is one
-    sequence.
-    """
+def forward(params, tokens: Array, *, config: DecoderConfig, valid: Array | None = None) -> Array:
+    """The plain forward pass, hidden [B, T, D]: `extend` on a state that stores nothing."""
     from jaxkv.cache.state import empty_state
     from jaxkv.types import LayerSpec
 
     batch, length = tokens.shape
-    valid = jnp.ones((batch, length), bool) if valid is None else valid
-    runs, positions = (None, None) if documents is None else _runs(documents, valid)
-    lengths = valid.sum(axis=1, dtype=jnp.int32) if positions is None else positions.max(axis=1) + 1
+    lengths = jnp.full((batch,), length, jnp.int32) if valid is None else valid.sum(axis=1, dtype=jnp.int32)
     spec = (LayerSpec(policy=Full(), tiers=()),) * config.num_layers
     state = empty_state(config, spec, limits=np.zeros((config.num_layers, 0, batch), np.int32), lengths=lengths)
-    return extend(params, tokens, state, config=config, valid=valid, segments=runs, positions=positions)[0]
-
-
-def _runs(documents: Array, valid: Array) -> tuple[Array, Array]:
-    """The number of each token's run of one document, and its position in it, [B, T] int32 each."""
-    first = jnp.pad(documents[:, 1:] != documents[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    steps = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    before = jax.lax.cummax(jnp.where(first, steps - valid.astype(jnp.int32), 0), axis=1)
-    return jnp.cumsum(first, axis=1, dtype=jnp.int32), jnp.maximum(steps - 1 - before, 0)
+    return extend(params, tokens, state, config=config, valid=valid)[0]
 
 
 def _block(params, x, context: Context, config: DecoderConfig, kind: LayerConfig, attend):
@@ -170,9 +148,9 @@ def _by_tokens(function, x: Array, size: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, segments, replay, positions, *, config):
+def _begin(params, tokens, offsets, rotary, next_position, valid, candidates, segments, replay, *, config):
     state = State(layers=(), offsets=offsets, rotary=rotary, next_position=next_position)
-    context = make_context(state, valid, candidates, segments, replay, positions)
+    context = make_context(state, valid, candidates, segments, replay)
     return _embed(params, tokens, context, config), context
 
 
@@ -212,12 +190,12 @@ def _is_fresh(state: State) -> bool:
     return not isinstance(state.next_position, jax.core.Tracer) and not state.next_position.any()
 
 
-def _refuse_distant(state: State, valid: Array, positions: Array | None, config: DecoderConfig) -> None:
+def _refuse_distant(state: State, valid: Array, config: DecoderConfig) -> None:
     """Positions beyond a table of learned ones are an error; under jit their embeddings are NaN."""
-    known = not any(isinstance(x, jax.core.Tracer) for x in (state.next_position, valid, positions))
+    known = not any(isinstance(x, jax.core.Tracer) for x in (state.next_position, valid))
     if config.learned_positions is None or not known:
         return
-    length = int((state.next_position + valid.sum(axis=1) if positions is None else positions.max() + 1).max())
+    length = int((state.next_position + valid.sum(axis=1)).max())
     if length > config.learned_positions:
         raise ValueError(f"{length} positions are needed; the model has learned {config.learned_positions}")
 
