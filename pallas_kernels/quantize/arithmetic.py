@@ -110,12 +110,12 @@ def fit_codebook(y, levels: tuple[float, ...], axis: int):
     total = lambda x: x.sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
     square = total(high * high) + total(high * low) * np.float32(2 ** (1 - top))
     deviation = jnp.sqrt(square * np.float32(1 / channels))
-    first = [round(level * 2**FINE) for level in levels]
-    second = [round(level * 4**FINE) - (part << FINE) for level, part in zip(levels, first, strict=True)]
-    level, rest = (jnp.full(y.shape, parts[0], jnp.int32) for parts in (first, second))
-    for edge, *parts in zip(edges_of(levels), first[1:], second[1:], strict=True):
-        above = y > deviation * edge
-        level, rest = jnp.where(above, parts[0], level), jnp.where(above, parts[1], rest)
+    exact = [round(level * 4**FINE) for level in levels]
+    whole = jnp.full(y.shape, exact[0], jnp.int32)
+    for edge, one in zip(edges_of(levels), exact[1:], strict=True):
+        whole = jnp.where(y > deviation * edge, one, whole)
+    level = (whole + (1 << (FINE - 1))) >> FINE
+    rest = whole - (level << FINE)
     products = (
         total(high * level) + total(low * level) * np.float32(2**-top) + total(high * rest) * np.float32(2**-FINE)
     )
