@@ -10,6 +10,7 @@ Parameters that are not trained are not stored: they come from the base checkpoi
 
 import contextlib
 import dataclasses
+import gc
 import json
 import pathlib
 import sys
@@ -108,16 +109,26 @@ def _shapes(arrays) -> dict[str, list]:
 
 class _Unreadable(contextlib.AbstractContextManager):
     """Takes what orbax raises for files that it cannot read: DAMAGE, and the bare class `Exception`, none that derives from
-    it; never a TrainError."""
+    it; never a TrainError. reason: one line, or None."""
 
-    error = None
+    reason = None
 
     def __exit__(self, kind, error, traceback):
         damaged = kind is Exception or (kind is not None and issubclass(kind, DAMAGE))
         if not damaged or issubclass(kind, TrainError):
             return False
-        self.error = error
+        said = str(error.__cause__ or error)
+        self.reason = said.splitlines()[0][:200] if said else kind.__name__
         return True
+
+
+def _drop_unfinished() -> None:
+    """Collects the reads that orbax leaves pending when one array fails; each would complain on stderr, at any time later."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -188,7 +199,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             with _Unreadable() as unreadable:
                 return self._read(step, like, arrays)
-            self._put_aside(step, unreadable.error.__cause__ or unreadable.error)
+            self._put_aside(step, unreadable.reason)
         return None
 
     def _read(self, step: int, like: TrainState, arrays) -> tuple[TrainState, dict[str, Any]]:
@@ -201,11 +212,11 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays)))
         return from_arrays(found.arrays, like), meta
 
-    def _put_aside(self, step: int, error: Exception) -> None:
+    def _put_aside(self, step: int, reason: str) -> None:
+        _drop_unfinished()
         folder = self._out / DAMAGED
         folder.mkdir(exist_ok=True)
         place = next(p for p in (folder / f"{step}{'+' * n}" for n in range(100)) if not p.exists())
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         print(f"the checkpoint of step {step} is damaged ({reason}); moved to {place}", file=sys.stderr)
         self._manager.close()
         if jax.process_index() == 0:
