@@ -213,6 +213,11 @@ def value_codes(tier):
     return np.swapaxes(tier.values.codes, 2, 3) if get_scheme(tier.scheme[1]).slots_minor else tier.values.codes
 
 
+def numbers(codes):
+    """What a carrier means, as float32."""
+    return np.asarray(codes.view(jnp.bfloat16), np.float32) if codes.dtype == np.uint16 else codes
+
+
 def contents(state):
     """Per layer of a one-tier state: live [B, P, position], and keys, values and the policy's state laid out like it."""
     found = []

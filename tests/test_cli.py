@@ -17,7 +17,7 @@ from infer.cli import main
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch):
     """JAX keeps such a folder for the whole process."""
-    monkeypatch.setattr("infer.cli._cache_folder", lambda: "")
+    monkeypatch.setattr("infer.cli.cache_folder", lambda: "")
 
 
 def run(*arguments, cwd=None, text=None):

@@ -1,5 +1,6 @@
 """`python -m train` and `jaxkv train`: help, refusals, a dry run."""
 
+import pathlib
 import types
 
 import numpy as np
@@ -17,7 +18,7 @@ TINY = """--model.hidden_size 16 --model.intermediate_size 24 --model.num_layers
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch):
     """JAX keeps such a folder for the whole process."""
-    monkeypatch.setattr("infer.cli._cache_folder", lambda: "")
+    monkeypatch.setattr("infer.cli.cache_folder", lambda: "")
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_the_command_finds_it_by_entry_point(monkeypatch, capsys):
     monkeypatch.setattr(infer.cli.importlib.metadata, "entry_points", lambda group: asked.append(group) or [entry])
     assert infer.cli.main(["train", "shakespear", "--steps", "3"]) == 2
     assert "did you mean shakespeare" in capsys.readouterr().err and asked == ["jaxkv.commands"]
-    pyproject = infer.cli.pathlib.Path(__file__).parent.parent / "pyproject.toml"
+    pyproject = pathlib.Path(__file__).parent.parent / "pyproject.toml"
     assert '[project.entry-points."jaxkv.commands"]\ntrain = "train.cli:add_command"' in pyproject.read_text()
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from infer import cli
+from infer.console import Parser, Refused, cache_folder, keep_compiled
 
 SUMMARY = "train or fine-tune a model by a recipe"
 
@@ -16,7 +17,7 @@ def add_command(commands) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli._Parser(
+    parser = Parser(
         prog="jaxkv train",
         description=f"{SUMMARY}. Every field of the recipe can be set as --field value; `RECIPE --help` lists them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -31,9 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile-for", metavar="TOPOLOGY", help="with --dry-run: TPUs that are not here, such as v5e:2x2"
     )
-    parser.add_argument(
-        "--compilation-cache", default=cli._cache_folder(), help="folder of compiled programs; '' = none"
-    )
+    parser.add_argument("--compilation-cache", default=cache_folder(), help="folder of compiled programs; '' = none")
     group = parser.add_argument_group("several processes, each with its own part of the devices and of every batch")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; 'auto' on a cluster that JAX knows")
     group.add_argument("--processes", type=int, help="how many")
@@ -62,9 +61,9 @@ def run(words: list[str]) -> int:
         return 0
     recipe = override(recipe, rest)
     if arguments.compile_for and not arguments.dry_run:
-        raise cli.Refused("--compile-for needs --dry-run: it compiles for chips that are not here")
+        raise Refused("--compile-for needs --dry-run: it compiles for chips that are not here")
     if arguments.compilation_cache:
-        cli._keep_compiled(arguments)
+        keep_compiled(arguments)
     if arguments.coordinator:
         import jax
 
@@ -72,7 +71,7 @@ def run(words: list[str]) -> int:
             () if arguments.coordinator == "auto" else (arguments.coordinator, arguments.processes, arguments.process)
         )
         if None in known:
-            raise cli.Refused("--coordinator HOST:PORT needs --processes and --process")
+            raise Refused("--coordinator HOST:PORT needs --processes and --process")
         jax.distributed.initialize(*known)
 
     from train.prepare import prepare
@@ -103,7 +102,7 @@ def _devices(topology: str | None):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise cli.Refused(
+        raise Refused(
             f"--compile-for {topology}: {str(error).splitlines()[0]}; it needs the package libtpu and a name such as v5e:2x2"
         ) from error
 

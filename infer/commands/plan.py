@@ -4,9 +4,11 @@ import dataclasses
 import json
 import sys
 
+from infer.console import whole
 
-def add_options(sub, whole):
-    """whole: least -> a parser of whole numbers."""
+
+def add_options(sub):
+    """Declares the options."""
     from infer.chips import EXAMPLES
     from jaxkv.presets import PRESETS
 
