@@ -290,7 +290,7 @@ def takes(owner: Array | None, positions: Array) -> Array | bool:
     if owner is None:
         return True
     turn, count = turns(owner)
-    return (positions % count[..., None] == turn[..., None]) & (owner >= 0)[..., None]
+    return (jax.lax.rem(positions, count[..., None]) == turn[..., None]) & (owner >= 0)[..., None]
 
 
 def retention(policy, slots, row, positions, limit, newest, owner=None):

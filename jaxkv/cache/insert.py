@@ -100,7 +100,7 @@ def _by_position(entries, scores, granule):
     order = jnp.pad(order, ((0, 0), (0, 0), (0, -order.shape[-1] % granule)), constant_values=-1)
     filled = order >= 0
     order = jnp.maximum(order, 0)
-    take = lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 3)), axis=2)
+    take = lambda x: _along(x, order.reshape(order.shape + (1,) * (x.ndim - 3)), axis=2)
     valid = take(entries.valid) & filled
     sorted_ = dataclasses.replace(
         entries,
@@ -138,11 +138,16 @@ def _compact(flags):
     return jnp.sort(jnp.where(flags, index, length), axis=-1)
 
 
+def _along(x, index, axis):
+    """jnp.take_along_axis for indices that are known to be inside, without the instructions that would make sure of it."""
+    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
+
+
 def _pick(order, rank):
     """order[rank], "none" where rank is past the end. [B, P, n], [B, P, S] -> [B, P, S]."""
     none = order.shape[-1]
     inside = jnp.clip(rank, 0, none - 1)
-    return jnp.where((rank >= 0) & (rank < none), jnp.take_along_axis(order, inside, axis=-1), none)
+    return jnp.where((rank >= 0) & (rank < none), _along(order, inside, axis=-1), none)
 
 
 def _place(tier, entries, source, kept):
@@ -154,7 +159,7 @@ def _place(tier, entries, source, kept):
         from_ = source if share == 1 else source[..., ::share] // share
         fresh, at = from_ < count, jnp.minimum(from_, count - 1)
         index = at.reshape(at.shape + (1,) * (new.ndim - 3))
-        rows = jnp.take_along_axis(new, index, axis=2).astype(old.dtype)
+        rows = _along(new, index, axis=2).astype(old.dtype)
         mask = fresh.reshape(fresh.shape + (1,) * (new.ndim - 3))
         return jnp.where(jnp.moveaxis(mask, 2, axis), jnp.moveaxis(rows, 2, axis), old)
 
@@ -181,7 +186,7 @@ def _gather(tier, entries, index):
 
     def pick(old, new):  # [B, P, S, ...], [B, P, n, ...]
         both = jnp.concatenate([old.astype(new.dtype), new], axis=2)  # what was not stored stays as it was given
-        return jnp.take_along_axis(both, index.reshape(index.shape + (1,) * (both.ndim - 3)), axis=2)
+        return _along(both, index.reshape(index.shape + (1,) * (both.ndim - 3)), axis=2)
 
     keys, values = plain_entries(tier, entries.balance)
     positions = pick(tier.positions, entries.positions)
@@ -268,7 +273,7 @@ def _displaced(tier, entries, slot, room):
         """[B, P, ...] with slots at `axis` -> the same with those of one group."""
         index = _members(at, x.shape[axis] // slots)
         index = index.reshape(*index.shape[:2], *(-1 if i == axis else 1 for i in range(2, x.ndim)))
-        return jnp.take_along_axis(x, index, axis=axis)
+        return _along(x, index, axis=axis)
 
     def encoded(side, x):
         axis = _slot_axis(tier, side)

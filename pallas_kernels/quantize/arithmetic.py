@@ -96,9 +96,9 @@ def to_grid(x, top: int, axis: int):
     return jnp.round(x * up), up, down
 
 
-def fit_codebook(y, levels: tuple[float, ...], axis: int):
+def fit_codebook(y, levels: tuple[float, ...], axis: int, pick):
     """The factor, not rounded, that is best (least squares) for the levels nearest to y over its root mean square. y: whole
-    numbers in float32, see `to_grid`.
+    numbers in float32, see `to_grid`. pick: as `pick_in_turn`.
 
     y and levels are each the sum of two whole numbers of different weight, so that products are right to 20 bits.
     """
@@ -110,10 +110,7 @@ def fit_codebook(y, levels: tuple[float, ...], axis: int):
     total = lambda x: x.sum(axis=axis, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
     square = total(high * high) + total(high * low) * np.float32(2 ** (1 - top))
     deviation = jnp.sqrt(square * np.float32(1 / channels))
-    exact = [round(level * 4**FINE) for level in levels]
-    whole = jnp.full(y.shape, exact[0], jnp.int32)
-    for edge, one in zip(edges_of(levels), exact[1:], strict=True):
-        whole = jnp.where(y > deviation * edge, one, whole)
+    whole = pick(y, deviation, edges_of(levels), [round(level * 4**FINE) for level in levels])
     level = (whole + (1 << (FINE - 1))) >> FINE
     rest = whole - (level << FINE)
     products = (
@@ -123,9 +120,12 @@ def fit_codebook(y, levels: tuple[float, ...], axis: int):
     return products / squares * np.float32(2**FINE) * down
 
 
-def nearest(y, factor, levels: tuple[float, ...]):
-    """int32 index of the level that is nearest to y / factor: how many midpoints lie below."""
-    return sum((y > factor * edge).astype(jnp.int32) for edge in edges_of(levels))
+def pick_in_turn(y, factor, edges, values):
+    """int32 values[i] where i of the edges, times the factor, lie below y: one comparison after the other."""
+    picked = jnp.full(y.shape, values[0], jnp.int32)
+    for edge, value in zip(edges, values[1:], strict=True):
+        picked = jnp.where(y > factor * edge, value, picked)
+    return picked
 
 
 def edges_of(levels: tuple[float, ...]) -> np.ndarray:
@@ -145,10 +145,11 @@ def hadamard(signs: tuple[int, ...]) -> tuple[np.ndarray, int]:
     return (np.asarray(signs, np.float64)[:, None] * whole).astype(np.float32), block
 
 
-def codebook(x, rotate, levels: tuple[float, ...], block: int, axis: int):
+def codebook(x, rotate, levels: tuple[float, ...], block: int, axis: int, pick=pick_in_turn):
     """Codes, int32 in the shape of x, and (factor,). rotate: whole numbers times the matrix of `hadamard`."""
     whole, up, down = to_grid(x, grid_bits(block), axis)
     y = rotate(whole)
-    found = fit_codebook(y, levels, axis) * np.float32(1 / np.sqrt(block)) * down
+    found = fit_codebook(y, levels, axis, pick) * np.float32(1 / np.sqrt(block)) * down
     factor = jnp.where(found >= TINY, to_bfloat16(found), 0.0)
-    return nearest(y, factor * np.float32(np.sqrt(block)) * up, levels), (factor,)
+    codes = pick(y, factor * np.float32(np.sqrt(block)) * up, edges_of(levels), range(len(levels)))
+    return codes, (factor,)
