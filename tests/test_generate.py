@@ -23,7 +23,7 @@ def golden():
     return np.load(GOLDEN)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_golden_prompts(lm, golden, index):
     """48 greedy tokens and the last logits of transformers; prompt 2 is 1,500 tokens long."""
     prompt, greedy = golden[f"prompt_{index}"].tolist(), golden[f"greedy_{index}"].tolist()
@@ -36,6 +36,7 @@ def test_golden_prompts(lm, golden, index):
     assert len(out.token_ids) == len(lm_without_end)
 
 
+@pytest.mark.slow
 def test_batch_equals_alone(lm):
     prompts = ["The capital of France is", "Once upon a time there was a little girl who"]
     together = lm.generate(prompts, max_new_tokens=12)
@@ -43,11 +44,13 @@ def test_batch_equals_alone(lm):
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
 
 
+@pytest.mark.slow
 def test_stream_equals_generate(lm):
     whole = lm.generate("Once upon a time", max_new_tokens=40)[0].text
     assert "".join(lm.stream("Once upon a time", max_new_tokens=40)) == whole
 
 
+@pytest.mark.slow
 def test_stop_string_ends_the_row(lm):
     text = lm.generate("Once upon a time", max_new_tokens=40)[0].text
     stop = text[10:14]
@@ -56,6 +59,7 @@ def test_stop_string_ends_the_row(lm):
     assert out.stats["new_tokens"] < 40
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch(lm):
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=3)
     both = lm.generate(["A list of animals:", "My name is"], max_new_tokens=10, sampling=sampling, samples=2)
@@ -64,6 +68,7 @@ def test_samples_do_not_depend_on_the_batch(lm):
     assert one[0].token_ids != one[1].token_ids
 
 
+@pytest.mark.slow
 def test_budget_is_kept_and_reported(lm):
     prompt = "The quick brown fox jumps over the lazy dog. " * 20
     out = lm.generate(prompt, max_new_tokens=8, cache="scissorhands", budget=64)[0]
@@ -72,6 +77,7 @@ def test_budget_is_kept_and_reported(lm):
     assert "64 tokens" in out.stats["cache"]
 
 
+@pytest.mark.slow
 def test_session_questions_meet_the_same_memory(lm):
     chat = lm.session(cache="h2o", budget=128, max_tokens=512)
     chat.extend("My dog is called Rex. My cat is called Tom. " * 3)
