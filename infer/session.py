@@ -183,7 +183,7 @@ class Session:
 def _plan_to_json(plan: Plan) -> dict:
     """What a plan says that the state it was made for does not."""
     preset = {field.name: getattr(plan.preset, field.name) for field in dataclasses.fields(plan.preset)}
-    del preset["policy"], preset["ladder"]  # the state has the policy; a plan has chosen a rung
+    del preset["policy"], preset["ladder"], preset["calibrated"]  # the state has the policy; a plan has chosen a rung
     preset["parts"] = [dataclasses.asdict(part) for part in plan.preset.parts]
     return {"preset": preset, "share": plan.share, "note": plan.note}
 

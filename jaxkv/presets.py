@@ -9,7 +9,7 @@ Preset   policy          which entries move down, and out
 import dataclasses
 import math
 
-from jaxkv.policies import H2O, POLICIES, Full, Policy, Recency, Replay, Scissorhands, SnapKV, make_policy
+from jaxkv.policies import H2O, POLICIES, Full, KVzip, Policy, Recency, Replay, Scissorhands, SnapKV, make_policy
 from jaxkv.quantization import get_scheme
 
 COMPUTE = "compute"  # stored as it was computed
@@ -46,8 +46,8 @@ class Preset:
     """A named cache.
 
     source: of the whole, where it is not the policy's. funnel: the first layer's budget over the last one's, linear in
-    between. calibrated: kv heads get what `jaxkv.calibration` says of the model, where it is known. ladder: (least share,
-    parts), the largest share first: the first whose share the budget reaches, else `parts`.
+    between. ladder: (least share, parts), the largest share first: the first whose share the budget reaches, else `parts`.
+    calibrated: such a ladder for models that `jaxkv.calibration` knows, whose kv heads get what it says; () = they do not.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Preset:
     parts: tuple[Part, ...]
     source: str = ""
     funnel: float = 1.0
-    calibrated: bool = False
     ladder: tuple[tuple[float, tuple[Part, ...]], ...] = ()
+    calibrated: tuple[tuple[float, tuple[Part, ...]], ...] = ()
 
     def __post_init__(self):
-        for parts in (self.parts, *(parts for _, parts in self.ladder)):
+        for parts in (self.parts, *(parts for _, parts in (*self.ladder, *self.calibrated))):
             if not parts:
                 raise ValueError(f"preset {self.name!r} has no tiers; give at least one Part")
             if abs(sum(part.share for part in parts) - 1) > 1e-6:
@@ -75,10 +75,11 @@ class Preset:
         if not self.funnel > 0:
             raise ValueError(f"funnel must be more than 0, got {self.funnel}")
 
-    def at(self, share: float) -> "Preset":
-        """The preset for a budget of this share of a full bfloat16 cache, without a ladder."""
-        parts = next((parts for least, parts in self.ladder if share >= least), self.parts)
-        return dataclasses.replace(self, parts=parts, ladder=())
+    def at(self, share: float, *, calibrated: bool = False) -> "Preset":
+        """The preset for a budget of this share of a full bfloat16 cache, without ladders."""
+        ladder = self.calibrated if calibrated else self.ladder
+        parts = next((parts for least, parts in ladder if share >= least), self.parts)
+        return dataclasses.replace(self, parts=parts, ladder=(), calibrated=())
 
     @property
     def exact(self) -> bool:
@@ -101,11 +102,13 @@ def _preset(name, summary, policy, parts, **more):
     return Preset(name=name, summary=summary, policy=policy, parts=parts, **more)
 
 
-# Measured by benchmarks/auto.py: which tiers lost least at each share. Keys need a bit more than values.
+# benchmarks/auto.py measures which tiers lose least at each share; keys need more bits than values. Where heads get what
+# they deserve, fewer tokens at more bits lose less than all of them at fewer.
 AUTO = (
     (0.4, tiers((1.0, "int8", "rotated4"))),
     (0.1, tiers((0.3, "rotated4"), (0.7, "rotated4", "rotated3"))),
 )
+AUTO_CALIBRATED = ((0.1, tiers((1.0, "int8", "rotated4"))),)
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -114,7 +117,10 @@ PRESETS: dict[str, Preset] = {
         *(
             Preset(name=name, summary=policy.summary, policy=policy(), parts=one_tier("bf16"))
             for name, policy in POLICIES.items()
-            if name != "full"
+            if name not in ("full", "kvzip")
+        ),
+        Preset(
+            name="kvzip", summary=KVzip.summary, policy=KVzip(), parts=one_tier("bf16"), calibrated=((0.0, one_tier("bf16")),)
         ),
         _preset("streaming", "recency by its paper's name", Recency(), one_tier("bf16")),
         _preset("pyramid", "snapkv, early layers keep four times what late ones do", SnapKV(), one_tier("bf16"), funnel=4,
@@ -143,8 +149,9 @@ PRESETS: dict[str, Preset] = {
             for bits in (4, 2)
         ),
         Preset(
-            name="auto", summary="replay over rotated tiers, as many bits as the bytes allow", policy=Replay(), calibrated=True,
+            name="auto", summary="replay over quantized tiers, as many bits as the bytes allow", policy=Replay(),
             parts=tiers((0.4, "rotated4", "rotated3"), (0.6, "rotated3", "rotated2")), ladder=AUTO,
+            calibrated=AUTO_CALIBRATED,
         ),
     )
 }  # fmt: skip

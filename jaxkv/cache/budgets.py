@@ -153,8 +153,22 @@ def plan(
       than everything; for weights that do not fit the model.
     """
     asked, longest = parse_budget(budget), max(lengths)
-    parts_of = {"tokens": longest, "bytes": full_bytes(config, longest), "share": 1.0}[asked.kind]
-    preset = make_preset(cache).at(asked.amount / parts_of)
+    share = asked.amount / {"tokens": longest, "bytes": full_bytes(config, longest), "share": 1.0}[asked.kind]
+    preset = make_preset(cache)
+    calibration = find(config) if preset.calibrated and layer_weights is None else None
+    if calibration is not None:
+        known = preset.at(share, calibrated=True)
+        found = _plan_for(config, known, asked, lengths, dtype, calibration=calibration)
+        if found is not None:
+            return found
+    return _plan_for(config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights)
+
+
+def _plan_for(
+    config, preset: Preset, asked: Budget, lengths, dtype, *, calibration=None, layer_weights=None
+) -> Plan | None:
+    """`plan` of one list of tiers. With a calibration: None where heads cannot be given what it says."""
+    longest = max(lengths)
     funnel = np.linspace(preset.funnel, 1.0, config.num_layers).tolist()
     weights = _relative(funnel if layer_weights is None else layer_weights, config.num_layers)
     least = preset.policy.least_budget
@@ -178,11 +192,9 @@ def plan(
             f"the full cache of {longest} tokens does not fit budget {asked.text}; leave the budget out, or choose an"
             " evicting policy"
         )
-    calibration = find(config) if preset.calibrated and layer_weights is None else None
     if calibration is not None:
         shared = share_rows(cut, calibration, lengths, room, [min(most, n) for n in lengths])
-        if shared is not None:
-            return _plan_rows(preset, cut, *shared, longest)
+        return None if shared is None else _plan_rows(preset, cut, *shared, longest)
     kept = [cut.most(min(most, n), n, b) for n, b in zip(lengths, room, strict=True)]
     thin = [k < min(least, n) for k, n in zip(kept, lengths, strict=True)]
     note = ""
