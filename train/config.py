@@ -11,7 +11,7 @@ import importlib.util
 import pathlib
 import pkgutil
 
-from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
+from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig, SsaConfig
 
 
 class TrainError(ValueError):
@@ -40,7 +40,9 @@ class Model:
     """base: a checkpoint to go on from (name, directory, .gguf file, Hugging Face id); the shape is then its own.
 
     Else a Llama of this shape, with random parameters: vocab_size None is the tokenizer's. head_dim None:
-    hidden_size / num_heads; num_kv_heads None: num_heads. window: of all layers; None = all earlier tokens.
+    hidden_size / num_heads; num_kv_heads None: num_heads. window: of all layers; None = all earlier tokens. attention: "gqa"
+    or "ssa", which has the temperatures of `ssa` (arXiv 2411.12892); None: the base checkpoint's, else "gqa". A plain base
+    starts near the model that it is (`jaxkv.attention.ssa.from_gqa`); what they are called is */*_temperature/*.
     """
 
     base: str | None = None
@@ -57,8 +59,13 @@ class Model:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     qk_norm: bool = False
+    attention: str | None = None
+    ssa: SsaConfig = SsaConfig()
 
     def __post_init__(self):
+        _one_of("model.attention", self.attention, (None, "gqa", "ssa"))
+        if self.attention != "ssa" and self.ssa != SsaConfig():
+            raise TrainError(f"model.ssa is given, but model.attention is {self.attention!r}; make it 'ssa'")
         shape = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions")
         sizes = (*shape, "vocab_size", "num_kv_heads", "head_dim", "window")
         if self.base is None:
@@ -251,6 +258,11 @@ class Recipe:
             )
         if self.lora.rank and self.model.base is None:
             raise TrainError("lora.rank needs model.base: adapters on random parameters would learn nothing useful")
+        if self.lora.rank and self.model.attention == "ssa":
+            raise TrainError(
+                "adapters do not reach the temperatures of model.attention 'ssa'; leave out lora.rank, and name in"
+                " optimizer.frozen what is not to be trained"
+            )
 
 
 def decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
@@ -265,7 +277,8 @@ def decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
             num_kv_heads=model.num_kv_heads or model.num_heads, head_dim=size,
             layers=(LayerConfig(window=model.window, rope=rope),) * model.num_layers, max_positions=model.max_positions,
             norm_eps=model.norm_eps, norm_offset=0.0, activation="silu", query_scale=size**-0.5, embedding_scale=1.0,
-            tie_embeddings=model.tie_embeddings, qk_norm=model.qk_norm,
+            tie_embeddings=model.tie_embeddings, qk_norm=model.qk_norm, attention=model.attention or "gqa",
+            ssa=model.ssa if model.attention == "ssa" else None,
         )  # fmt: skip
     except ValueError as error:
         raise TrainError(f"model: {error}") from error

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxkv.checkpoints import Generation, Tokenizer, load_tokenizer, open_checkpoint
+from jaxkv.attention.ssa import from_gqa
+from jaxkv.checkpoints import Checkpoint, Generation, Tokenizer, load_tokenizer, open_checkpoint
 from jaxkv.checkpoints.huggingface_config import config_to_json
 from jaxkv.config import DecoderConfig
 from jaxkv.decoder import init_params
@@ -66,6 +67,7 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
             raise TrainError(
                 f"sequence {recipe.sequence} is longer than the base's window, {base.config.max_positions}"
             )
+        base = _with_attention(base, recipe)
     training, validating = load_texts(recipe.data)
     tokenizer = _tokenizer(recipe, [*training, *validating], base, resumes)
     config = base.config if base else decoder_config(recipe.model, recipe.model.vocab_size or tokenizer.vocab_size)
@@ -96,6 +98,21 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
             loss_tokens=recipe.compute.loss_tokens, z_loss=recipe.z_loss, parts=recipe.compute.accumulation,
         ),
     )  # fmt: skip
+
+
+def _with_attention(base: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The base with the attention that the recipe asks for."""
+    asked = recipe.model.attention
+    if asked in (None, base.config.attention) and asked != "ssa":
+        return base
+    if asked == "ssa" and base.config.attention == "gqa":
+        key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
+        params, config = from_gqa(base.params, base.config, recipe.model.ssa, key)
+        return dataclasses.replace(base, params=params, config=config)
+    raise TrainError(
+        f"model.attention {asked!r} cannot be made of the base checkpoint's {base.config.attention!r}; leave it out to go on"
+        " with that"
+    )
 
 
 def _check_optional(recipe: Recipe) -> None:
