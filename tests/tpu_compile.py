@@ -21,7 +21,7 @@ from typing import Any
 from infer import chips
 
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", **chips.ENVIRONMENT}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **chips.ENVIRONMENT}
 HERE = pathlib.Path(__file__).parent
 
 
