@@ -241,7 +241,8 @@ def test_the_contract_of_the_cache(name):
         assert same, f"row {row}, margin {margin}"
 
 
-@pytest.mark.parametrize("tiers", ["three down", *(pytest.param(t, marks=pytest.mark.slow) for t in list(TIERS)[::2])])
+@pytest.mark.slow
+@pytest.mark.parametrize("tiers", ["three down", *list(TIERS)[::2]])
 def test_a_chain_of_tiers(tiers, groups_of_four):
     """By the kernel and by XLA: the same tokens in the same slots, and the same hidden states."""
     limits = ((8, 4, 16, 1), (12, 4, 8, 4), (8, 16, 0, 4))

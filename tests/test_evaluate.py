@@ -329,7 +329,7 @@ def test_full_cache_equals_the_plain_forward_pass(lm):
     assert row["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", [PROTOCOLS[0], pytest.param(PROTOCOLS[1], marks=pytest.mark.slow)])
 def test_answers_are_what_greedy_generation_says(lm, tmp_path, protocol):
     """A made-up question whose answer is the model's own greedy continuation is right, another is wrong."""
     from jaxkv.cache import forward
@@ -360,7 +360,13 @@ def test_answers_are_what_greedy_generation_says(lm, tmp_path, protocol):
     assert small["asked"] == {"right": 1, "wrong": 1} and small["bytes"] < row["bytes"]
 
 
-@pytest.mark.parametrize("name, budget", [("h2o", "20"), ("recency", "30"), ("scissorhands", "40")])
+@pytest.mark.parametrize(
+    "name, budget",
+    [
+        ("h2o", "20"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("recency", "30"), ("scissorhands", "40"))),
+    ],
+)
 def test_answers_are_what_greedy_generation_under_the_cache_says(lm, name, budget):
     """The answer's tokens must not see what reading the question has evicted, as they would in one extend."""
     policy, context = make_policy(name), list(FILLER[:200].encode())

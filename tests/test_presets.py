@@ -193,6 +193,7 @@ def test_a_replay_is_the_largest_attention_of_its_own_rows():
         np.testing.assert_allclose(a[live], b[live], rtol=2**-7)
 
 
+@pytest.mark.slow
 def test_others_do_not_hear_a_replay():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (1, 2 * T)).astype(np.int32))
     again = jnp.asarray(np.r_[np.zeros(T), np.arange(1, T + 1)].astype(np.int32))[None]

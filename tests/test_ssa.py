@@ -408,7 +408,7 @@ def given(wide, ssa_reference=SsaReference):
     "name, tiers",
     [
         ("recency", None),
-        ("scissorhands", "keys and values apart"),
+        pytest.param("scissorhands", "keys and values apart", marks=pytest.mark.slow),
         pytest.param("h2o", "bf16 over int4", marks=pytest.mark.exhaustive),
         *(pytest.param(name, None, marks=pytest.mark.exhaustive) for name in EVICTING if name != "recency"),
         pytest.param("keydiff", "balanced keys", marks=pytest.mark.exhaustive),

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_harness import (
+    EVICTING,
     MIXED,
     PARAMS,
     PLAIN,
     assert_rows_equal,
-    every_evicting,
     go_on,
     make_case,
     new_state,
@@ -35,7 +35,9 @@ def packed(name="h2o", extra=None):
     return case, state, pack_state(state, model=MODEL, extra=extra or {})
 
 
-@every_evicting
+@pytest.mark.parametrize(
+    "name", [n if n in ("h2o", "keydiff") else pytest.param(n, marks=pytest.mark.slow) for n in EVICTING]
+)
 def test_a_loaded_state_goes_on_as_the_saved_one(name):
     case, state, data = packed(name, {"note": [1, "two"]})
     back, extra = unpack_state(data, config=MIXED, model=MODEL, where="here")
