@@ -355,8 +355,9 @@ def check_survivors(results):
 def check_oracle(policy, case, results, config, row, oracle=cache_reference.Reference, ties=0, **more):
     """Whether the kept sets of one row are the reference's, and its margin; if they are, the numbers must be as well.
 
-    ties: how many stored vectors may be one step of bfloat16 or fp8 off, rounded the other way in float32. With one of those, and
-    in a row that may have held one that has left, hidden states are held to `HIDDEN_TIED`; the latter row is undecided.
+    ties: how many stored vectors may be one step of bfloat16 or fp8 off, rounded the other way in float32. With one of
+    those, and in a row that may have held one that has left, hidden states are held to `HIDDEN_TIED`; the latter row is
+    undecided.
     """
     hidden, after, hiddens, steps, final = results
     if max(granules := granules_of(after)) > 1:

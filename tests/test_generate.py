@@ -36,7 +36,7 @@ def test_golden_prompts(lm, golden, index):
     assert len(out.token_ids) == len(lm_without_end)
 
 
-@pytest.mark.exhaustive  # the same in test_model, of a small model
+@pytest.mark.slow
 def test_batch_equals_alone(lm):
     prompts = ["The capital of France is", "Once upon a time there was a little girl who"]
     together = lm.generate(prompts, max_new_tokens=12)
@@ -44,13 +44,13 @@ def test_batch_equals_alone(lm):
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
 
 
-@pytest.mark.exhaustive  # the same in test_model, of a small model
+@pytest.mark.slow
 def test_stream_equals_generate(lm):
     whole = lm.generate("Once upon a time", max_new_tokens=40)[0].text
     assert "".join(lm.stream("Once upon a time", max_new_tokens=40)) == whole
 
 
-@pytest.mark.exhaustive  # the same in test_model, of a small model
+@pytest.mark.slow
 def test_stop_string_ends_the_row(lm):
     text = lm.generate("Once upon a time", max_new_tokens=40)[0].text
     stop = text[10:14]
@@ -59,7 +59,7 @@ def test_stop_string_ends_the_row(lm):
     assert out.stats["new_tokens"] < 40
 
 
-@pytest.mark.exhaustive  # the same in test_model, of a small model
+@pytest.mark.exhaustive  # test_model.py has it of a small model
 def test_samples_do_not_depend_on_the_batch(lm):
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=3)
     both = lm.generate(["A list of animals:", "My name is"], max_new_tokens=10, sampling=sampling, samples=2)
