@@ -19,13 +19,15 @@ class Token:
 
     queries: those of its step, one per head of the group, before RoPE. expected: the score of expected attention.
     peak: the most that a query head of a later read gave it. fading: SnapKV's score. likeness: KeyDiff's cosine. norm: of the
-    key as it was given. group: of the tier that it lies in, if that keeps groups.
+    key as it was given. group: of the tier that it lies in, if that keeps groups. given: key and value before that tier stored
+    them.
     """
 
     position: int
     key: np.ndarray
     value: np.ndarray
     seen: list[tuple[int, float, int]] = dataclasses.field(default_factory=list)
+    given: tuple = ()
     peak: float = 0.0
     fading: float = 0.0
     likeness: float = 0.0
@@ -248,6 +250,7 @@ class Reference:
                 keys, values = ([getattr(t, name) for t in group] for name in ("key", "value"))
                 stored = self.stored(number, np.stack(keys), np.stack(values), self.balance[index][head])
                 for token, key, value in zip(group, *stored, strict=True):
+                    token.given = token.key, token.value
                     token.key, token.value = key, value
             if edge is not None:
                 (last, a), (first, b) = edge

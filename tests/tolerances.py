@@ -41,7 +41,6 @@ QUANTIZED = 1e-5  # grid points of size 1 to 5, computed in float32 and in float
 
 # Storage in bfloat16, whose relative rounding error is 2**-9
 BF16_STEP = 2**-7  # relative: one step of bfloat16, for numbers so near a midpoint that float32 and float64 round apart
-STEPS = {"bf16": BF16_STEP, "fp8_e4m3": 2**-3, "fp8_e5m2": 2**-2}  # the same for each scheme of floats
 HIDDEN_BF16_CACHE = (
     0.03  # float32 model: values of size 3 times attention weights rounded to bfloat16, two layers; seen 0.012
 )

@@ -11,6 +11,7 @@ Parameters that are not trained are not stored: they come from the base checkpoi
 import contextlib
 import dataclasses
 import gc
+import inspect
 import json
 import pathlib
 import sys
@@ -124,7 +125,8 @@ class _Unreadable(contextlib.AbstractContextManager):
 
 def _drop_unfinished() -> None:
     """Collects the reads that orbax leaves pending when one array fails; each would complain on stderr, at any time later."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda about: None if inspect.iscoroutine(about.object) else hook(about)
     try:
         gc.collect()
     finally:

@@ -102,16 +102,15 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
 
 def _with_attention(base: Checkpoint, recipe: Recipe) -> Checkpoint:
     """The base with the attention that the recipe asks for."""
-    asked = recipe.model.attention
-    if asked in (None, base.config.attention) and asked != "ssa":
+    asked, given = recipe.model.attention, base.config.attention
+    if asked is None or asked == given == "gqa":
         return base
-    if asked == "ssa" and base.config.attention == "gqa":
+    if asked == "ssa" and given == "gqa":
         key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
         params, config = from_gqa(base.params, base.config, recipe.model.ssa, key)
         return dataclasses.replace(base, params=params, config=config)
     raise TrainError(
-        f"model.attention {asked!r} cannot be made of the base checkpoint's {base.config.attention!r}; leave it out to go on"
-        " with that"
+        f"model.attention {asked!r} cannot be made of the base checkpoint's {given!r}; leave it out to go on with that"
     )
 
 

@@ -5,11 +5,10 @@ asked to repeat the context and reads the context again; score of a token: the l
 second reading, of any query head of its group, gave it.
 The second reading is `extend`'s `replay`: it looks, layer by layer, and is not stored. See `infer.replay` for how it is cut.
 Departs: the paper ranks the tokens of all heads of the model together; here heads get what `jaxkv.calibration` says of the
-model, and equally much where it does not know it, which is far worse (KL 0.109 against 0.025 at a quarter of the bytes of
-SmolLM2-135M, each on one text). Attention is normalised over all that a query sees. After the prompt there is no
-repetition, so the attention of later queries to earlier tokens counts as well: a token is judged by replays and by the
-tokens that came in after it was stored. The score is kept in bfloat16, 2 bytes a slot. Without a replay all prompt tokens
-are equal, and the oldest leave.
+model (measured with the scores of `replay`), and equally much where it does not know it, which is far worse. Attention is
+normalised over all that a query sees. After the prompt there is no repetition, so the attention of later queries to earlier
+tokens counts as well: a token is judged by replays and by the tokens that came in after it was stored. The score is kept in
+bfloat16, 2 bytes a slot. Without a replay all prompt tokens are equal, and the oldest leave.
 """
 
 import dataclasses
