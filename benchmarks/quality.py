@@ -20,23 +20,35 @@ CACHES = "full,auto,kvzip,h2o,scissorhands,recency,random"
 
 def main():
     """Runs the seeds and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", default="pride-and-prejudice", help="a name of infer.texts, or a UTF-8 file")
+    parser = options(
+        __doc__, text="pride-and-prejudice", budgets="50%,25%,12.5%,6.25%", title="Quality on SmolLM2-135M"
+    )
     parser.add_argument("--caches", default=CACHES)
-    parser.add_argument("--budgets", default="50%,25%,12.5%,6.25%")
-    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    measure(parser, given, given.caches.split(","), script="quality.py")
+
+
+def options(doc, *, text, budgets, title, seeds=3, excerpts=4, contexts=9) -> argparse.ArgumentParser:
+    """What every such measurement can be told, with these defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default=text, help="a name of infer.texts, or a UTF-8 file")
+    parser.add_argument("--budgets", default=budgets)
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--context", type=int, default=1900)
     parser.add_argument("--next", type=int, default=128)
     parser.add_argument("--scored", type=int)
-    parser.add_argument("--excerpts", type=int, default=4)
-    parser.add_argument("--contexts", type=int, default=9, help="of each seed, 8 questions each")
-    parser.add_argument("--title", default="Quality on SmolLM2-135M")
+    parser.add_argument("--excerpts", type=int, default=excerpts)
+    parser.add_argument("--contexts", type=int, default=contexts, help="of each seed, 8 questions each")
+    parser.add_argument("--title", default=title)
     parser.add_argument("--out", type=pathlib.Path)
-    given = parser.parse_args()
-    split = lambda text: [part for part in text.split(",") if part]
+    return parser
+
+
+def measure(parser, given, caches, *, script):
+    """Evaluates caches (names or presets) as the options say, and writes the table."""
     rows = evaluate_seeds(
-        infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=split(given.caches),
-        budgets=split(given.budgets), tasks=["passkey", "magic"] if given.contexts else [], context=given.context,
+        infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=caches,
+        budgets=given.budgets.split(","), tasks=["passkey", "magic"] if given.contexts else [], context=given.context,
         next_tokens=given.next, scored=given.scored, excerpts=given.excerpts, samples=questions(given.contexts),
         progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
     )  # fmt: skip
@@ -46,7 +58,7 @@ def main():
         given.out,
         title=f"{given.title}: {given.context} tokens, {given.excerpts} excerpts of {pathlib.Path(given.text).name},"
         f" {8 * given.contexts} questions; mean over {given.seeds} seeds [lowest, highest]",
-        command=" ".join(["python benchmarks/quality.py", *(f"--{k} '{v}'" for k, v in shown.items())]),
+        command=" ".join([f"python benchmarks/{script}", *(f"--{k} '{v}'" for k, v in shown.items())]),
         rows=[line(row) for row in rows],
     )
 
