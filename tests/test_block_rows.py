@@ -39,7 +39,7 @@ from pallas_kernels.decode_attention.owners import max_by_head, of_head, sum_by_
 ROWS = (0, 1, 1, 0, 1)  # two block rows of head 0, three of head 1
 LIMITS = ((4, 3, 7, 1), (5, 2, 4, 3))  # [tier][row], of each block row
 OPTIONS = {"slots": (8, 8), "scheme": ("f32", ("rotated4", "int3")), "rows": ROWS}
-QUICK = ("h2o", "replay")
+QUICK = ("h2o",)
 every_policy = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EVICTING if n != "random"]
 )

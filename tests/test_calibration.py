@@ -78,7 +78,9 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(smollm2):
         assert both.bytes_per_row <= 3 * 2**20 or budget == 512
 
 
-@pytest.mark.parametrize("budget", [140, "3MiB", "38%", "12.5%", "4%"])
+@pytest.mark.parametrize(
+    "budget", ["38%", "12.5%", "4%", *(pytest.param(budget, marks=pytest.mark.slow) for budget in (140, "3MiB"))]
+)
 def test_every_length_has_a_plan(smollm2, budget):
     """Lengths one after another, so that every size of a block row comes up: places fit slots, and bytes the budget."""
     config = read_config(smollm2)

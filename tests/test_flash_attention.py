@@ -33,15 +33,15 @@ from pallas_kernels.flash_attention import (
 from pallas_kernels.flash_attention import xla as in_xla
 
 ROOT = pathlib.Path(__file__).parent.parent
+LONGEST = ("interpret", 30)  # takes as long as all other quick cases
 both = pytest.mark.parametrize("implementation", ["xla", "interpret"])
 
 
 def each(quick):
-    """Both implementations on all cases; those of which quick(implementation, number) is not true only in the slow set."""
+    """Both implementations on all cases; those of which quick(implementation, number) is not true are exhaustive."""
     pairs = itertools.product(["xla", "interpret"], range(len(CASES)))
-    return pytest.mark.parametrize(
-        "implementation, number", [pytest.param(*p, marks=() if quick(*p) else pytest.mark.exhaustive) for p in pairs]
-    )
+    late = lambda pair: pytest.mark.slow if pair == LONGEST else () if quick(*pair) else pytest.mark.exhaustive
+    return pytest.mark.parametrize("implementation, number", [pytest.param(*p, marks=late(p)) for p in pairs])
 
 
 def options_of(implementation):

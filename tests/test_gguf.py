@@ -312,6 +312,7 @@ def test_cut_short_anywhere(tmp_path):
 # The real file
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2):
     calls = []
     checkpoint = open_checkpoint("smollm2", dtype="float32", progress=lambda *call: calls.append(call))

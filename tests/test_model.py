@@ -140,7 +140,8 @@ def test_stream_fills_the_stats(lm, monkeypatch):
     assert stats["tokens_per_second"] >= 39 / stats["decode_seconds"]
 
 
-@pytest.mark.parametrize("way", [pytest.param("generate", marks=pytest.mark.slow), "stream"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["generate", "stream"])
 def test_auto_without_a_second_reading(lm, monkeypatch, way):
     """`replay=False` hands each token of the prompt to the model once; the default twice."""
     monkeypatch.setattr(LanguageModel, "decode", lambda self, ids: str(ids))

@@ -170,7 +170,9 @@ def test_sessions_within_the_window(session):
     assert infer.Session(session.lm, max_tokens=2049, streaming=True).ask("abc", max_new_tokens=2).text
 
 
-@pytest.mark.parametrize("cache, budget", [("full", None), ("auto", 120), ("mikv", 90)])
+@pytest.mark.parametrize(
+    "cache, budget", [("full", None), pytest.param("auto", 120, marks=pytest.mark.slow), ("mikv", 90)]
+)
 def test_a_saved_session_goes_on_elsewhere(alphabet, tmp_path, cache, budget):
     mine = infer.load(alphabet).session(cache=cache, budget=budget, max_tokens=160)
     mine.extend("abcdef" * 12)

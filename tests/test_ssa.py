@@ -362,6 +362,7 @@ def test_a_wrong_position_is_seen(wrong):
         check(oracle=given(wide, bad))
 
 
+@pytest.mark.slow
 def test_what_follows_a_dropped_end_counts_from_there():
     config = with_ssa(PLAIN, ALL)
     params, _ = stirred(config)
@@ -377,6 +378,7 @@ def test_what_follows_a_dropped_end_counts_from_there():
         np.testing.assert_allclose(found[row], expected, rtol=0, atol=tolerances.HIDDEN)
 
 
+@pytest.mark.slow
 def test_packed_documents_are_sequences_of_their_own():
     """In the forward pass of training, positions begin again with each."""
     config = with_ssa(MIXED, ALL)

@@ -58,7 +58,14 @@ IN_GROUPS = [(name, tuple(GROUPS)[i % len(GROUPS)]) for i, name in enumerate(EVI
 QUICK = PAIRS[::5]
 PAIRS += IN_GROUPS
 LISTS |= GROUPS
-or_later = lambda mark: [pair if pair in QUICK else pytest.param(*pair, marks=mark) for pair in PAIRS]
+
+
+def or_later(mark):
+    """All pairs: those that are not quick have that mark, those of three tiers, which compile longest, are slow."""
+    quick = lambda tiers: pytest.mark.slow if tiers == "three down" else ()
+    return [pytest.param(*pair, marks=quick(pair[1]) if pair in QUICK else mark) for pair in PAIRS]
+
+
 every_pair = pytest.mark.parametrize("name, tiers", or_later(pytest.mark.slow))
 some_pairs = pytest.mark.parametrize("name, tiers", or_later(pytest.mark.exhaustive))
 
@@ -138,6 +145,7 @@ def test_against_the_reference(name, tiers):
     assert decided >= B - 2  # the others kept the same, and their numbers within a rounded tie
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["not stored", "values as keys", "one tier late"])
 def test_the_reference_sees(wrong):
     name, tiers = "recency", "exact over rotated"

@@ -50,6 +50,7 @@ def test_a_model_from_the_start(text, tmp_path):
     assert lm.generate("ab", max_new_tokens=4, cache="h2o", budget="8")[0].token_ids
 
 
+@pytest.mark.slow
 def test_temperatures_alone_on_a_checkpoint(text, tmp_path, alphabet):
     """All else is frozen and stays as it was to the last bit."""
     recipe = make(
