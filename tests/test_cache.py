@@ -239,7 +239,8 @@ def test_random_does_not_depend_on_the_batch_index():
         assert all(row == layer[0] for row in layer)  # tokens differ, positions and draws do not
     assert layers[0][0][0] != layers[0][0][1]  # heads draw for themselves
     at = jnp.arange(SLOTS, dtype=jnp.int32)[None, None]
-    first, again, other = (Random(seed=seed).score((), Random().enter_row((1, 2, 4), 0), at) for seed in (0, 0, 1))
+    draws = lambda policy: policy.score((), policy.enter_row((1, 2, 4), 0), at)
+    first, again, other = (draws(Random(seed=seed)) for seed in (0, 0, 1))
     assert (first == again).all() and (first != other).mean() > 0.9
 
 

@@ -145,7 +145,7 @@ def attend_extend(
 def attend_decode(
     queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig
 ):
-    """`attend_extend` and `store` for T = 1 on the fast path, equal to rounding. Returns: heads, the layer's state."""
+    """`attend_extend` for T = 1 on the fast path, equal to rounding."""
     batch, _, _, size = keys.shape
     grouped = [q.reshape(batch, config.num_kv_heads, -1, size) for q in queries]  # [B, P, G, H]
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, 1, H]
@@ -194,7 +194,7 @@ def attend_decode(
         statistics=statistics,
         balance=_balance(layer, single, keys, context, kind=kind),
     )
-    return heads, store(layer, new, context, config=config, kind=kind)
+    return heads, new
 
 
 def _balance(layer: LayerState, queries, keys, context: Context, *, kind) -> Array | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxkv import decoder
 from jaxkv.cache.attend import Context, New, attend_decode, attend_extend, make_context, store
+from jaxkv.cache.pool import store_all
 from jaxkv.cache.state import granule_of
 from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.policies import Full
@@ -105,13 +106,14 @@ def decode(params, token: Array, state: State, *, config: DecoderConfig, valid: 
     """
     context = make_context(state, valid[:, None], valid[:, None], None)
     x = _embed(params, token[:, None], context, config)
-    layers = []
+    news = []
     for index, layer in enumerate(state.layers):
         kind = config.layers[index]
-        x, layer = _decode_layer(params[f"layers_{index}"], x, layer, context, config=config, kind=kind)
-        layers.append(layer)
+        x, new = _decode_layer(params[f"layers_{index}"], x, layer, context, config=config, kind=kind)
+        news.append(new)
     hidden = decoder.final_norm(params, x, config=config)[:, 0]
-    state = State(layers=tuple(layers), offsets=state.offsets, rotary=state.rotary, next_position=context.newest + 1)
+    layers = store_all(state.layers, news, context, config=config)
+    state = State(layers=layers, offsets=state.offsets, rotary=state.rotary, next_position=context.newest + 1)
     return hidden, state
 
 
@@ -174,8 +176,8 @@ _store_layer = jax.jit(store, static_argnames=("config", "kind"), donate_argname
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
-def _decode_layer(params, x: Array, layer: LayerState, context: Context, *, config, kind) -> tuple[Array, LayerState]:
-    """One layer of `decode`. Jitted so that all layers of a kind are traced and lowered once; XLA inlines the calls."""
+def _decode_layer(params, x: Array, layer: LayerState, context: Context, *, config, kind) -> tuple[Array, New]:
+    """A layer of `decode`, without storing. Jitted so that layers of a kind are traced and lowered once; XLA inlines calls."""
     attend = functools.partial(attend_decode, layer=layer, context=context, config=config, kind=kind)
     return _block(params, x, context, config, kind, attend)
 

@@ -43,6 +43,9 @@ def insert(
     count = entries.positions.shape[-1] // granule  # from here to `_members`, one item is one group
     if count == 1 and (granule > 1 or group == 1):
         return _insert_one(tier, entries, scores, displace=bool(below))
+    if is_pooled(tier):
+        grown, displaced = insert(_whole(tier), entries, scores=scores, below=below)
+        return _in_parts(grown, tier), displaced
     there = _items(live_slots(tier), scores[0], positions_of(tier), granule)
     new = _items(entries.valid, scores[1], entries.positions, granule)
     live, score, position = (jnp.concatenate(pair, axis=-1) for pair in zip(there, new, strict=True))
@@ -65,6 +68,45 @@ def insert(
     if not below:
         return grown, None
     return grown, _gather(tier, entries, _members(_compact(live & ~keep)[..., :most], granule))
+
+
+def is_pooled(tier: Tier) -> bool:
+    """Whether codes and factors are tuples of arrays, which lie apart, and together have the block rows of the tier."""
+    return isinstance(tier.keys.codes, tuple)
+
+
+def _whole(tier):
+    """A pooled tier with its parts put together."""
+    join = lambda parts: jnp.concatenate(parts, axis=1)
+    whole = lambda encoded: Encoded(codes=join(encoded.codes), factors=tuple(map(join, encoded.factors)))
+    return dataclasses.replace(tier, keys=whole(tier.keys), values=whole(tier.values))
+
+
+def _in_parts(tier, like):
+    """The opposite of `_whole`."""
+    apart = lambda new, old: Encoded(
+        codes=_apart(new.codes, old.codes), factors=tuple(map(_apart, new.factors, old.factors))
+    )
+    return dataclasses.replace(tier, keys=apart(tier.keys, like.keys), values=apart(tier.values, like.values))
+
+
+def _apart(x, parts):
+    """x [B, P, ...] cut into as many block rows as each of the parts has."""
+    ends = itertools.accumulate(part.shape[1] for part in parts)
+    return tuple(x[:, end - part.shape[1] : end] for part, end in zip(parts, ends, strict=True))
+
+
+def _by_part(function, x, *others):
+    """function(x, *others), all [B, P, ...]; where x lies in parts, for each of them and the same block rows of the others."""
+    if not isinstance(x, tuple):
+        return function(x, *others)
+    return tuple(map(function, x, *(_apart(other, x) for other in others)))
+
+
+def _rows(slot):
+    """Indices of axes B and P, for those of slots [B, P]."""
+    batch, heads = slot.shape
+    return jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
 
 
 def _items(live, scores, positions, granule):
@@ -232,31 +274,29 @@ def _insert_one(tier, entries, scores, displace):
         entries = dataclasses.replace(
             entries, keys=after(displaced.keys, entries.keys), values=after(displaced.values, entries.values)
         )
-    batch, heads = slot.shape
-    row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
 
-    def put(old, new):  # slots at axis 2
+    def put(old, new, slot):  # slots at axis 2
         if granule == 1:
-            return old.at[row, head, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
+            return old.at[*_rows(slot), slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
         groups = old.reshape(*old.shape[:2], slots, -1, *old.shape[3:])
-        return groups.at[row, head, slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
+        return groups.at[*_rows(slot), slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
 
-    def put_minor(old, new):  # slots at axis 3, or one for each group
+    def put_minor(old, new, slot):  # slots at axis 3, or one for each group
         if new.shape[2] == 1:
-            return old.at[row, head, :, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
+            return old.at[*_rows(slot), :, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
         groups, new = old.reshape(*old.shape[:3], slots, -1), jnp.swapaxes(new, 2, 3)
-        return groups.at[row, head, :, slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
+        return groups.at[*_rows(slot), :, slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
 
     def encoded(side, old):
         new, place = _encode(tier, side, entries), put_minor if _slot_axis(tier, side) == 3 else put
-        factors = tuple(put_minor(o, f) for o, f in zip(old.factors, new.factors, strict=True))
-        return Encoded(codes=place(old.codes, new.codes), factors=factors)
+        factors = tuple(_by_part(put_minor, o, f, slot) for o, f in zip(old.factors, new.factors, strict=True))
+        return Encoded(codes=_by_part(place, old.codes, new.codes, slot), factors=factors)
 
     grown = Tier(
         keys=encoded(0, tier.keys),
         values=encoded(1, tier.values),
-        positions=put(tier.positions, entries.positions),
-        slots=jax.tree.map(put, tier.slots, entries.slots),
+        positions=put(tier.positions, entries.positions, slot),
+        slots=jax.tree.map(lambda old, new: put(old, new, slot), tier.slots, entries.slots),
         limit=tier.limit,
         scheme=tier.scheme,
     )
@@ -269,15 +309,19 @@ def _displaced(tier, entries, slot, room):
     slots = tier.positions.shape[-1] // granule
     at = jnp.minimum(slot, slots - 1)[..., None]
 
-    def pick(x, axis):
+    def pick(x, axis, at=at):
         """[B, P, ...] with slots at `axis` -> the same with those of one group."""
         index = _members(at, x.shape[axis] // slots)
         index = index.reshape(*index.shape[:2], *(-1 if i == axis else 1 for i in range(2, x.ndim)))
         return _along(x, index, axis=axis)
 
+    def pick_of_all(x, axis):
+        found = _by_part(lambda one, at: pick(one, axis, at), x, at)
+        return jnp.concatenate(found, axis=1) if isinstance(found, tuple) else found
+
     def encoded(side, x):
-        axis = _slot_axis(tier, side)
-        return Encoded(codes=pick(x.codes, axis), factors=tuple(pick(f, 3) for f in x.factors))
+        codes = pick_of_all(x.codes, _slot_axis(tier, side))
+        return Encoded(codes=codes, factors=tuple(pick_of_all(f, 3) for f in x.factors))
 
     one = dataclasses.replace(
         tier,

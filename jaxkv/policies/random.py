@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxkv.policies.base import Policy, expand
+from jaxkv.policies.base import Policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,19 @@ class Random(Policy):
     seed: int = 0
 
     def enter_row(self, shape, layer):
-        return {"layer": jnp.full(shape[:1], layer, jnp.int32)}
+        stream = jnp.full(shape[:2], self.seed % 2**32, jnp.uint32)
+        for part in (jnp.asarray(layer, jnp.uint32), jnp.arange(shape[1], dtype=jnp.uint32)[None]):
+            stream = _drawn(stream, part)
+        return {"stream": stream}
 
     def score(self, slots, row, positions):
-        heads = jnp.arange(positions.shape[1], dtype=jnp.uint32)[None, :, None]
-        mixed = jnp.full(positions.shape, self.seed % 2**32, jnp.uint32)
-        for part in (expand(row["layer"].astype(jnp.uint32), positions), heads, positions.astype(jnp.uint32)):
-            mixed = _mix(mixed ^ _mix(part + jnp.uint32(0x9E3779B9)))
-        return (mixed >> 8).astype(jnp.float32)  # 24 bits: every value is exact in float32
+        drawn = _drawn(row["stream"][..., None], positions.astype(jnp.uint32))
+        return (drawn >> 8).astype(jnp.float32)  # 24 bits: every value is exact in float32
+
+
+def _drawn(stream, part):
+    """What a stream of random numbers has at `part`, itself such a stream."""
+    return _mix(stream ^ _mix(part + jnp.uint32(0x9E3779B9)))
 
 
 def _mix(x):
