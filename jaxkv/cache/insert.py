@@ -258,22 +258,24 @@ def _insert_one(tier, entries, scores, displace):
     """`insert` for one entry, or one group of them: one comparison with the worst and one write, in place under jit with
     donation."""
     granule = granule_of(tier)
-    live, standing, ages = _items(live_slots(tier), scores[0], positions_of(tier), granule)
-    valid, score, position = (x[..., 0] for x in _items(entries.valid, scores[1], entries.positions, granule))
-    slots, index = live.shape[-1], jax.lax.broadcasted_iota(jnp.int32, live.shape, 2)
-    least = jnp.where(live, standing, jnp.inf).min(axis=-1)
-    oldest = jnp.where(live & (standing == least[..., None]), ages, jnp.iinfo(jnp.int32).max)
-    age = oldest.min(axis=-1)
-    worst = jnp.where(oldest == age[..., None], index, slots).min(axis=-1)
-    room = live.sum(axis=-1, dtype=jnp.int32) < _places(tier)
-    better = (score > least) | ((score == least) & (position > age))
-    slot = jnp.where(room, jnp.where(live, slots, index).min(axis=-1), jnp.where(better, worst, slots))
-    slot = jnp.where(valid & (tier.limit >= granule), slot, slots)  # past the end = nowhere
-    displaced = _displaced(tier, entries, slot, room) if displace else None
-    if displace:  # a slot must be read before it is overwritten
-        entries = dataclasses.replace(
-            entries, keys=after(displaced.keys, entries.keys), values=after(displaced.values, entries.values)
-        )
+    slots = tier.positions.shape[-1] // granule
+
+    def decide(entries):
+        """The slot that each block row takes, what goes down, and what goes in."""
+        slot, room = _slot_for(tier, entries, scores)
+        displaced = _displaced(tier, entries, slot, room) if displace else None
+        if displace:  # a slot must be read before it is overwritten
+            entries = dataclasses.replace(
+                entries, keys=after(displaced.keys, entries.keys), values=after(displaced.values, entries.values)
+            )
+        return slot, displaced, (_encode(tier, 0, entries), _encode(tier, 1, entries), entries.positions, entries.slots)
+
+    def rest(entries):
+        """Nothing enters."""
+        slot, *others = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(decide, entries))
+        return jnp.full_like(slot, slots), *others
+
+    slot, displaced, (keys, values, positions, kept) = jax.lax.cond(entries.valid.any(), decide, rest, entries)
 
     def put(old, new, slot):  # slots at axis 2
         if granule == 1:
@@ -287,20 +289,37 @@ def _insert_one(tier, entries, scores, displace):
         groups, new = old.reshape(*old.shape[:3], slots, -1), jnp.swapaxes(new, 2, 3)
         return groups.at[*_rows(slot), :, slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
 
-    def encoded(side, old):
-        new, place = _encode(tier, side, entries), put_minor if _slot_axis(tier, side) == 3 else put
+    def encoded(side, old, new):
+        place = put_minor if _slot_axis(tier, side) == 3 else put
         factors = tuple(_by_part(put_minor, o, f, slot) for o, f in zip(old.factors, new.factors, strict=True))
         return Encoded(codes=_by_part(place, old.codes, new.codes, slot), factors=factors)
 
     grown = Tier(
-        keys=encoded(0, tier.keys),
-        values=encoded(1, tier.values),
-        positions=put(tier.positions, entries.positions, slot),
-        slots=jax.tree.map(lambda old, new: put(old, new, slot), tier.slots, entries.slots),
+        keys=encoded(0, tier.keys, keys),
+        values=encoded(1, tier.values, values),
+        positions=put(tier.positions, positions, slot),
+        slots=jax.tree.map(lambda old, new: put(old, new, slot), tier.slots, kept),
         limit=tier.limit,
         scheme=tier.scheme,
     )
     return grown, displaced
+
+
+def _slot_for(tier, entries, scores):
+    """Where the one entry, or group, of each block row goes, [B, P]: a free slot, else that of the worst if that is worse,
+    else past the end, which is nowhere; and whether there was a free slot."""
+    granule = granule_of(tier)
+    live, standing, ages = _items(live_slots(tier), scores[0], positions_of(tier), granule)
+    valid, score, position = (x[..., 0] for x in _items(entries.valid, scores[1], entries.positions, granule))
+    slots, index = live.shape[-1], jax.lax.broadcasted_iota(jnp.int32, live.shape, 2)
+    least = jnp.where(live, standing, jnp.inf).min(axis=-1)
+    oldest = jnp.where(live & (standing == least[..., None]), ages, jnp.iinfo(jnp.int32).max)
+    age = oldest.min(axis=-1)
+    worst = jnp.where(oldest == age[..., None], index, slots).min(axis=-1)
+    room = live.sum(axis=-1, dtype=jnp.int32) < _places(tier)
+    better = (score > least) | ((score == least) & (position > age))
+    slot = jnp.where(room, jnp.where(live, slots, index).min(axis=-1), jnp.where(better, worst, slots))
+    return jnp.where(valid & (tier.limit >= granule), slot, slots), room
 
 
 def _displaced(tier, entries, slot, room):
