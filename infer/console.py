@@ -170,5 +170,5 @@ def keep_compiled(arguments):
         note(arguments, f"--compilation-cache {folder} is not used: {error.strerror}")
         return
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
