@@ -12,7 +12,7 @@ import pathlib
 from common import questions, record
 
 import infer
-from infer.evaluate import evaluate_seeds
+from infer.evaluate import PROTOCOLS, evaluate_seeds
 from infer.texts import load_text
 
 CACHES = "full,auto,kvzip,h2o,scissorhands,recency,random"
@@ -39,6 +39,7 @@ def options(doc, *, text, budgets, title, seeds=3, excerpts=4, contexts=9) -> ar
     parser.add_argument("--scored", type=int)
     parser.add_argument("--excerpts", type=int, default=excerpts)
     parser.add_argument("--contexts", type=int, default=contexts, help="of each seed, 8 questions each")
+    parser.add_argument("--protocol", default=PROTOCOLS[0], choices=PROTOCOLS)
     parser.add_argument("--title", default=title)
     parser.add_argument("--out", type=pathlib.Path)
     return parser
@@ -46,12 +47,7 @@ def options(doc, *, text, budgets, title, seeds=3, excerpts=4, contexts=9) -> ar
 
 def measure(parser, given, caches, *, script):
     """Evaluates caches (names or presets) as the options say, and writes the table."""
-    rows = evaluate_seeds(
-        infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=caches,
-        budgets=given.budgets.split(","), tasks=["passkey", "magic"] if given.contexts else [], context=given.context,
-        next_tokens=given.next, scored=given.scored, excerpts=given.excerpts, samples=questions(given.contexts),
-        progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
-    )  # fmt: skip
+    rows = evaluated(given, caches, given.budgets.split(","))
     shown = {k: v for k, v in vars(given).items() if k not in ("out", "title") and v != parser.get_default(k)}
     shown = {k: pathlib.Path(v).name if k == "text" else v for k, v in shown.items()}
     record(
@@ -61,6 +57,16 @@ def measure(parser, given, caches, *, script):
         command=" ".join([f"python benchmarks/{script}", *(f"--{k} '{v}'" for k, v in shown.items())]),
         rows=[line(row) for row in rows],
     )
+
+
+def evaluated(given, caches, budgets) -> list[dict]:
+    """Rows of `infer.evaluate.evaluate_seeds`, as the options say."""
+    return evaluate_seeds(
+        infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=caches, budgets=budgets,
+        tasks=["passkey", "magic"] if given.contexts else [], context=given.context, next_tokens=given.next,
+        scored=given.scored, excerpts=given.excerpts, samples=questions(given.contexts),
+        protocol=given.protocol, progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
+    )  # fmt: skip
 
 
 def line(row):

@@ -396,7 +396,7 @@ def test_answers_are_what_greedy_generation_under_the_cache_says(lm, name, budge
         ({"budgets": []}, "needs a budget"),
         ({"budgets": ["lots"]}, "'lots' is not understood"),
         ({"budgets": ["25%", "25%"]}, "repeated"),
-        ({"budgets": ["2"]}, "protects"),
+        ({"budgets": ["2"], "caches": ["recency"]}, "protects"),
         ({"caches": [Scissorhands(), Scissorhands(window=40)]}, "two different caches"),
         ({"tasks": ["quiz"]}, "'quiz'; known: passkey"),
         ({"protocol": "guess"}, "unknown protocol 'guess'"),
