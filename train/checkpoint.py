@@ -211,6 +211,7 @@ class Checkpoints:
         if not isinstance(meta, dict) or "shapes" not in meta:
             raise OSError("its description is missing")
         _check_shapes(meta["shapes"], _shapes(arrays), f"{self._out / FOLDER}/{step}")
+        _check_files(self._out / FOLDER / str(step) / "arrays")
         found = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(arrays)))
         return from_arrays(found.arrays, like), meta
 
@@ -225,6 +226,19 @@ class Checkpoints:
             (self._out / FOLDER / str(step)).rename(place)
         together(f"put aside {step}")
         self._manager = self._open()
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """Reads what is stored of every array, one after another, and forgets it. Raises: DAMAGE where something is missing.
+
+    Orbax reads all at once; where one read fails it leaves the others pending, and they complain on stderr, at any time later.
+    """
+    import tensorstore
+
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}).result()
+    for key in store.list().result():
+        if store.read(key).result().state != "value":
+            raise OSError(f"{key.decode()} is missing")
 
 
 def _check_shapes(stored, wanted, where):
