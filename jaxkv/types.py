@@ -39,7 +39,7 @@ class Encoded:
 
     codes: carrier array. Keys are slots-minor [B, P, H', S]; float values are [B, P, S, H'].
     factors: the scheme's scales and zeros, [B, P, groups, S] each, or [B, P, H, S / granule] where slots share them; empty
-    for floats.
+    for floats. While a decode step is stored, both are tuples of arrays, one of each layer (`jaxkv.cache.pool`).
     """
 
     codes: Array

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import cache_reference
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from cache_harness import (
     Case,
     assert_rows_equal,
     budgets,
+    check_entries,
     check_oracle,
     check_promises,
     go_on,
@@ -143,6 +145,27 @@ def test_against_the_reference(name, tiers):
         assert same or margin < tolerances.STORED_MARGIN, f"row {row}, margin {margin}"
         decided += same
     assert decided >= B - 2  # the others kept the same, and their numbers within a rounded tie
+
+
+@pytest.mark.parametrize(
+    "given, step, tied", [(1.25, 2**-7, 1), (1.26, 2**-7, None), (1.5, 2**-7, None), (1.25, 0.0, None)]
+)
+def test_a_code_may_differ_only_where_what_was_given_lies_in_the_middle(given, step, tied):
+    """The oracle's own rule: stored 1.0 where the reference has 1.5 is a tie of 1.25, and of nothing else."""
+    _, state = read(small("recency"), make_case(0), MIXED)
+    tier = jax.tree.map(np.array, state.layers[0].tiers[0])
+    slot = int(np.argmax(tier.positions[0, 0] >= 0))
+    key, value = tier.keys.codes[0, 0, :, slot].copy(), tier.values.codes[0, 0, slot]
+    tier.keys.codes[0, 0, 0, slot] = 1.0
+    other = np.array([1.5, *key[1:]], np.float32)
+    told = cache_reference.Token(
+        position=int(tier.positions[0, 0, slot]), key=other, value=value, given=(np.array([given, *key[1:]]), value)
+    )
+    if tied is None:
+        with pytest.raises(AssertionError):
+            check_entries(tier, None, [[told]], 0, step)
+    else:
+        assert check_entries(tier, None, [[told]], 0, step) == tied
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def insert(
     count = entries.positions.shape[-1] // granule  # from here to `_members`, one item is one group
     if count == 1 and (granule > 1 or group == 1):
         return _insert_one(tier, entries, scores, displace=bool(below))
-    if is_pooled(tier):
+    if _is_pooled(tier):
         grown, displaced = insert(_whole(tier), entries, scores=scores, below=below)
         return _in_parts(grown, tier), displaced
     there = _items(live_slots(tier), scores[0], positions_of(tier), granule)
@@ -70,7 +70,7 @@ def insert(
     return grown, _gather(tier, entries, _members(_compact(live & ~keep)[..., :most], granule))
 
 
-def is_pooled(tier: Tier) -> bool:
+def _is_pooled(tier: Tier) -> bool:
     """Whether codes and factors are tuples of arrays, which lie apart, and together have the block rows of the tier."""
     return isinstance(tier.keys.codes, tuple)
 
@@ -85,12 +85,12 @@ def _whole(tier):
 def _in_parts(tier, like):
     """The opposite of `_whole`."""
     apart = lambda new, old: Encoded(
-        codes=_apart(new.codes, old.codes), factors=tuple(map(_apart, new.factors, old.factors))
+        codes=apart(new.codes, old.codes), factors=tuple(map(apart, new.factors, old.factors))
     )
     return dataclasses.replace(tier, keys=apart(tier.keys, like.keys), values=apart(tier.values, like.values))
 
 
-def _apart(x, parts):
+def apart(x, parts):
     """x [B, P, ...] cut into as many block rows as each of the parts has."""
     ends = itertools.accumulate(part.shape[1] for part in parts)
     return tuple(x[:, end - part.shape[1] : end] for part, end in zip(parts, ends, strict=True))
@@ -100,7 +100,7 @@ def _by_part(function, x, *others):
     """function(x, *others), all [B, P, ...]; where x lies in parts, for each of them and the same block rows of the others."""
     if not isinstance(x, tuple):
         return function(x, *others)
-    return tuple(map(function, x, *(_apart(other, x) for other in others)))
+    return tuple(map(function, x, *(apart(other, x) for other in others)))
 
 
 def _rows(slot):

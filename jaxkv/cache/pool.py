@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache.attend import Context, New, store
+from jaxkv.cache.insert import apart
 from jaxkv.config import DecoderConfig
 from jaxkv.types import Encoded, LayerState, Tier
 
@@ -93,11 +94,6 @@ def _join(trees: list):
 def _cut(joined, trees: list) -> list:
     """The opposite of `_join`."""
     leaves, tree = jax.tree.flatten(joined)
-    cuts = []
-    for x, *likes in zip(leaves, *map(jax.tree.leaves, trees), strict=True):
-        if x.ndim == 1:
-            cuts.append([x] * len(likes))
-            continue
-        first = itertools.accumulate((like.shape[1] for like in likes), initial=0)
-        cuts.append([x[:, n : n + like.shape[1]] for n, like in zip(first, likes, strict=False)])
+    likes = zip(*map(jax.tree.leaves, trees), strict=True)
+    cuts = [[x] * len(trees) if x.ndim == 1 else apart(x, like) for x, like in zip(leaves, likes, strict=True)]
     return [jax.tree.unflatten(tree, mine) for mine in zip(*cuts, strict=True)]
