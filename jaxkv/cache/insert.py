@@ -84,10 +84,10 @@ def _whole(tier):
 
 def _in_parts(tier, like):
     """The opposite of `_whole`."""
-    apart = lambda new, old: Encoded(
+    cut = lambda new, old: Encoded(
         codes=apart(new.codes, old.codes), factors=tuple(map(apart, new.factors, old.factors))
     )
-    return dataclasses.replace(tier, keys=apart(tier.keys, like.keys), values=apart(tier.values, like.values))
+    return dataclasses.replace(tier, keys=cut(tier.keys, like.keys), values=cut(tier.values, like.values))
 
 
 def apart(x, parts):

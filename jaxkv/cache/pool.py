@@ -30,10 +30,7 @@ def store_all(
     out = list(layers)
     for (kind, _), indices in alike.items():
         mine, new = ([given[i] for i in indices] for given in (layers, news))
-        if len(mine) == 1:
-            stored = [store(*mine, *new, context, config=config, kind=kind)]
-        else:
-            stored = _layers(store(_pool(mine, new), _join(new), context, config=config, kind=kind), mine)
+        stored = _layers(store(_pool(mine, new), _join(new), context, config=config, kind=kind), mine)
         for index, layer in zip(indices, stored, strict=True):
             out[index] = layer
     return tuple(out)
