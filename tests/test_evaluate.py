@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import infer.evaluate.run as evaluate_run
-from infer.evaluate import PROTOCOLS, TASKS, evaluate, load_samples, make_samples, metrics, report
+from infer.evaluate import PROTOCOLS, TASKS, evaluate, evaluate_seeds, load_samples, make_samples, metrics, report
 from infer.evaluate.run import _answers
 from infer.evaluate.tasks import INTRO, encode_context, split_sentences
 from infer.generate import Request, collect, run
@@ -310,9 +310,36 @@ def test_evaluate(lm):
             assert row["kl_mean"] > 1e-4 and row["share"] < 0.3 and row["bytes"] < rows[0]["bytes"] * 0.4
         assert row["tokens_per_second"] > 0 and row["batch"] == 2
         assert row["asked"] == {"passkey": 1} and row["protocol"] == PROTOCOLS[0]
+        assert len(row["kl_by_excerpt"]) == 2
+        assert np.mean(row["kl_by_excerpt"]) == pytest.approx(row["kl_mean"], abs=1e-9)
     assert calls[-1][0] == calls[-1][1] == len(calls)
     report.table(rows)
     json.dumps(rows, allow_nan=False)
+
+
+def test_seeds_are_put_together(lm, monkeypatch):
+    """Means over seeds, questions and excerpts of all seeds; random eviction draws anew under each."""
+    drawn = []
+
+    def fake(lm, *, caches, seed, progress, **options):
+        drawn.append(caches[0].policy.seed)
+        unmeasured = dict.fromkeys(("kl_p99", "top1", "perplexity", "bits_per_byte", "tokens_per_second"))
+        right = [True, seed == 3, False]
+        return [
+            {
+                "cache": "random", "kl_mean": 1.0 + seed, "kl_by_excerpt": [0.5 + seed, 1.5 + seed], **unmeasured,
+                "asked": {"magic": 3}, "accuracy": {"magic": sum(right) / 3}, "accuracy_interval": {"magic": [0, 1]},
+                "answers": {"magic": right},
+            }
+        ]  # fmt: skip
+
+    monkeypatch.setattr("infer.evaluate.seeds.evaluate", fake)
+    (row,) = evaluate_seeds(lm, seeds=[0, 3], caches=["random"])
+    assert drawn == [0, 3] and row["seeds"] == [0, 3]
+    assert row["kl_mean"] == 2.5 and row["spread"]["kl_mean"] == [1.0, 4.0]
+    assert row["kl_by_excerpt"] == [0.5, 1.5, 3.5, 4.5]
+    assert row["asked"] == {"magic": 6} and row["accuracy"]["magic"] == 0.5
+    assert row["answers"]["magic"] == [True, False, False, True, True, False]
 
 
 def test_full_cache_equals_the_plain_forward_pass(lm):
@@ -355,7 +382,7 @@ def test_answers_are_what_greedy_generation_says(lm, tmp_path, protocol):
     options = OPTIONS | {"text": text, "excerpts": 0, "context": 300, "caches": ["full", "h2o"], "budgets": ["25%"]}
     latin = Model(lm.config, lm.params, Latin())
     row, small = evaluate(latin, **options, samples_file=path, protocol=protocol)
-    assert row["accuracy"] == {"right": 1.0, "wrong": 0.0}
+    assert row["accuracy"] == {"right": 1.0, "wrong": 0.0} and row["answers"] == {"right": [True], "wrong": [False]}
     assert row["kl_mean"] is None and row["protocol"] == protocol
     assert small["asked"] == {"right": 1, "wrong": 1} and small["bytes"] < row["bytes"]
 

@@ -126,8 +126,10 @@ def evaluate(
       progress: called with (steps done, steps, what was done).
     Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (0 to 1), bytes (allocated
       for one row of context plus what follows), tokens (the most that a kv head may hold), kl_mean, kl_interval (95 %, over
-      excerpts), kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the batch), batch, accuracy (task ->
-      share), accuracy_interval, asked (task -> number), protocol, note, partial. What was not measured is None or empty.
+      excerpts), kl_by_excerpt, kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the batch), batch,
+      accuracy (task -> share), accuracy_interval, asked (task -> number), answers (task -> whether each was right),
+      protocol, note, partial. What was not measured is None or empty. Excerpts and questions are the same ones, in the same
+      order, for every row, so rows can be compared in pairs.
     Raises: ValueError for bad arguments, before anything runs. Interrupted, where something was measured before a
       KeyboardInterrupt: with the rows so far, and of questions those that every row was asked.
     """
@@ -221,6 +223,7 @@ def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
         "tokens": int(planned.tokens.max()),
         "kl_mean": None,
         "kl_interval": None,
+        "kl_by_excerpt": [],
         "kl_p99": None,
         "top1": None,
         "perplexity": None,
@@ -230,6 +233,7 @@ def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
         "accuracy": {},
         "accuracy_interval": {},
         "asked": {},
+        "answers": {},
         "protocol": protocol,
         "note": planned.note,
         "partial": False,
@@ -264,11 +268,13 @@ def _language(
         hidden, speed = reference if isinstance(case.preset.policy, Full) else run(planned)
         kl, same, nll = map(np.asarray, _compare(lm.params, reference[0], hidden, targets, config=lm.config))
         kl, same, nll = kl[-scored:], same[-scored:], nll[-scored:]
-        _, interval = metrics.mean_interval(kl.mean(axis=0))  # tokens of one excerpt are not independent
+        by_excerpt = kl.mean(axis=0, dtype=np.float64)  # tokens of one excerpt are not independent
+        _, interval = metrics.mean_interval(by_excerpt)
         steps(f"{case.label}: excerpts")
         yield {
             "kl_mean": float(kl.mean(dtype=np.float64)),
             "kl_interval": None if interval is None else list(interval),
+            "kl_by_excerpt": by_excerpt.tolist(),
             "kl_p99": float(np.quantile(kl, 0.99)),
             "top1": float(same.mean()),
             "perplexity": float(np.exp(nll.mean(dtype=np.float64))),
@@ -378,3 +384,4 @@ def _add_accuracies(rows: list[dict[str, Any]], scores: list[dict[str, list[bool
             row["accuracy"][task] = sum(right) / len(right)
             row["accuracy_interval"][task] = list(metrics.wilson(sum(right), len(right)))
             row["asked"][task] = len(right)
+            row["answers"][task] = list(right)

@@ -56,6 +56,7 @@ def _together(same: Sequence[dict[str, Any]], seeds: list[int]) -> dict[str, Any
         _, interval = metrics.mean_interval(np.asarray(values["kl_mean"]))
         row["kl_interval"] = None if interval is None else list(interval)
     row["seeds"] = seeds
+    row["kl_by_excerpt"] = [value for one in same for value in one["kl_by_excerpt"]]
     row["by_seed"] = {name: values[name] for name in SPREAD if name in values}
     row["spread"] = {name: [min(found), max(found)] for name, found in row["by_seed"].items()}
     for task in row["accuracy"]:
@@ -64,4 +65,5 @@ def _together(same: Sequence[dict[str, Any]], seeds: list[int]) -> dict[str, Any
         row["asked"] |= {task: sum(asked)}
         row["accuracy"] |= {task: right / sum(asked)}
         row["accuracy_interval"] |= {task: list(metrics.wilson(right, sum(asked)))}
+        row["answers"] |= {task: [one for run in same for one in run["answers"][task]]}
     return row

@@ -1,0 +1,77 @@
+"""`auto` against every other preset at the same bytes, on the same excerpts and questions; smollm2, float32.
+
+    python benchmarks/presets.py [--text FILE_OR_NAME] [--caches NAMES] [--budgets ...] [--contexts 0] [--out FILE]
+
+Each cell: KL(full || this) and, in brackets, the 95 % interval of how much more that is than `auto`'s, in pairs over the
+excerpts of all seeds. "ahead" in the last line: every other cache's interval lies above 0. The text is one that neither the
+calibration nor the tiers of `auto` were chosen on.
+"""
+
+import pathlib
+
+import numpy as np
+from common import record
+from quality import evaluated, options
+
+from infer.evaluate import metrics
+from jaxkv.presets import PRESETS
+
+SAME = ("full", "streaming", "scissorhands-reference")  # no rival; `recency` and `scissorhands` stand for the other two
+OTHERS = [name for name in PRESETS if name != "auto" and name not in SAME]
+
+
+def main():
+    """Evaluates all, compares in pairs, writes the table."""
+    parser = options(
+        __doc__, text="wikitext2-test", budgets="50%,25%,12.5%,6.25%", title="Every preset beside `auto`, SmolLM2-135M",
+        excerpts=2, contexts=0,
+    )  # fmt: skip
+    parser.add_argument("--caches", default=",".join(OTHERS))
+    given = parser.parse_args()
+    others, budgets = given.caches.split(","), given.budgets.split(",")
+    rows = {(row["cache"], row["budget"]): row for row in evaluated(given, ["full", "auto", *others], budgets)}
+    table = [{"cache": "full"} | dict.fromkeys(budgets, "; ".join(["0", *right(rows["full", "100%"])]))]
+    for cache in ["auto", *others]:
+        line = {"cache": cache}
+        for budget in budgets:
+            line[budget] = cell(rows[cache, budget], rows["auto", budget])
+        table.append(line)
+    table.append({"cache": "`auto` against the others"} | {budget: verdict(rows, others, budget) for budget in budgets})
+    name = pathlib.Path(given.text).name
+    record(
+        given.out,
+        title=f"{given.title}: {given.context} tokens, KL of the next {given.next} [how much more than auto, 95 %], right"
+        f" answers; {given.seeds} seeds of {given.excerpts} excerpts and {8 * given.contexts} questions, {name}",
+        command=f"python benchmarks/presets.py --text {name} --seeds {given.seeds} --excerpts {given.excerpts} --contexts"
+        f" {given.contexts}" + (f" --caches {given.caches}" if others != OTHERS else ""),
+        rows=table,
+    )
+
+
+def more(row, auto):
+    """Mean and interval of KL over `auto`'s, excerpt by excerpt."""
+    return metrics.mean_interval(np.subtract(row["kl_by_excerpt"], auto["kl_by_excerpt"]))
+
+
+def cell(row, auto):
+    """KL, the interval of the difference, right answers."""
+    _, (low, high) = more(row, auto)
+    text = f"{row['kl_mean']:.4f}" + ("" if row is auto else f" [{low:+.4f}, {high:+.4f}]")
+    return "; ".join([text, *right(row)])
+
+
+def right(row):
+    """How many answers of how many, where questions were asked."""
+    found = [one for answers in row["answers"].values() for one in answers]
+    return [f"{sum(found)} of {len(found)}"] if found else []
+
+
+def verdict(rows, others, budget):
+    """Whether each of the others loses more, outside its interval; else which do not."""
+    auto = rows["auto", budget]
+    close = [name for name in others if more(rows[name, budget], auto)[1][0] <= 0]
+    return f"ahead of all {len(others)}" if not close else f"not apart from {', '.join(close)}"
+
+
+if __name__ == "__main__":
+    main()
