@@ -33,7 +33,7 @@ def main():
     """Asks our side, reads the peers' answers where they are, writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--text", nargs="+", default=["wikitext-2", "pride-and-prejudice"])
+    parser.add_argument("--text", nargs="+", default=["wikitext2-test", "state-of-the-union"])
     parser.add_argument("--caches", default=",".join(OURS))
     parser.add_argument("--context", type=int, default=1900)
     parser.add_argument("--excerpts", type=int, default=3, help="of each text")

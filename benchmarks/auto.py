@@ -14,6 +14,7 @@ from jaxkv.presets import PRESETS, Preset, tiers
 
 CANDIDATES = {
     "8/8": tiers((1.0, "int8")),
+    "half 8/8, half 8/4": tiers((0.5, "int8"), (0.5, "int8", "rotated4")),
     "8/4": tiers((1.0, "int8", "rotated4")),
     "half 8/4, half 4/4": tiers((0.5, "int8", "rotated4"), (0.5, "rotated4")),
     "4/4": tiers((1.0, "rotated4")),

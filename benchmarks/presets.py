@@ -3,8 +3,8 @@
     python benchmarks/presets.py [--text FILE_OR_NAME] [--caches NAMES] [--budgets ...] [--contexts 0] [--out FILE]
 
 Each cell: KL(full || this) and, in brackets, the 95 % interval of how much more that is than `auto`'s, in pairs over the
-excerpts of all seeds. "ahead" in the last line: every other cache's interval lies above 0. The text is one that neither the
-calibration nor the tiers of `auto` were chosen on.
+excerpts of all seeds. "ahead" in the last line: every other cache's interval lies above 0; intervals are of one comparison each,
+not corrected for their number. The text is one that neither the calibration nor the tiers of `auto` were chosen on.
 """
 
 import pathlib
@@ -28,6 +28,8 @@ def main():
     )  # fmt: skip
     parser.add_argument("--caches", default=",".join(OTHERS))
     given = parser.parse_args()
+    if given.seeds * given.excerpts < 2:
+        parser.error("intervals need at least two excerpts: raise --excerpts or --seeds")
     others, budgets = given.caches.split(","), given.budgets.split(",")
     rows = {(row["cache"], row["budget"]): row for row in evaluated(given, ["full", "auto", *others], budgets)}
     table = [{"cache": "full"} | dict.fromkeys(budgets, "; ".join(["0", *right(rows["full", "100%"])]))]

@@ -20,9 +20,7 @@ CACHES = "full,auto,kvzip,h2o,scissorhands,recency,random"
 
 def main():
     """Runs the seeds and writes the table."""
-    parser = options(
-        __doc__, text="pride-and-prejudice", budgets="50%,25%,12.5%,6.25%", title="Quality on SmolLM2-135M"
-    )
+    parser = options(__doc__, text="state-of-the-union", budgets="50%,25%,12.5%,6.25%", title="Quality on SmolLM2-135M")
     parser.add_argument("--caches", default=CACHES)
     given = parser.parse_args()
     measure(parser, given, given.caches.split(","), script="quality.py")

@@ -102,14 +102,17 @@ def _preset(name, summary, policy, parts, **more):
     return Preset(name=name, summary=summary, policy=policy, parts=parts, **more)
 
 
-# benchmarks/auto.py measures which tiers lose least at each share; keys need more bits than values. Where heads get what
-# they deserve, fewer tokens at more bits lose less at a quarter of the bytes (benchmarks/results/quality_auto.json), not at an
-# eighth, where retrieval needs the tokens.
+# benchmarks/auto.py measures which tiers lose least at each share; keys need more bits than values. As many bits as all
+# tokens can have, down to 8 for keys; below, tokens are evicted. Where heads get what they deserve, fewer tokens at more bits
+# lose less at a quarter of the bytes, not at an eighth, where retrieval needs the tokens.
 AUTO = (
+    (1.0, one_tier("bf16")),
+    (0.57, tiers((1.0, "int8"))),
+    (0.48, tiers((0.5, "int8"), (0.5, "int8", "rotated4"))),
     (0.4, tiers((1.0, "int8", "rotated4"))),
     (0.1, tiers((0.3, "rotated4"), (0.7, "rotated4", "rotated3"))),
 )
-AUTO_CALIBRATED = ((0.2, tiers((1.0, "int8", "rotated4"))), *AUTO[1:])
+AUTO_CALIBRATED = (*AUTO[:3], (0.2, AUTO[3][1]), *AUTO[4:])
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset

@@ -188,7 +188,7 @@ class Reference:
             for token in tokens + fresh:
                 weight = 2.0 ** (self.steps / self.policy.memory)
                 new = sum(s for step, s in token.squares if step >= self.steps - self.policy.window)
-                token.fading = self._bf16(token.fading + weight * new)
+                token.fading = self._bf16(token.fading + weight * new, self.steps * 40503 % 2**16 / 2**16)
                 token.squares.clear()
         if self.policy.name != "snapkv":
             return
@@ -292,14 +292,17 @@ class Reference:
                 age = [self.bucket_of[-1] - self.bucket_of[step] for step in low]
                 return -sum(a < 4 for a in age)
 
-    def _bf16(self, x):
-        """x as bfloat16 rounds it; the margin is how far it is, relative, from rounding the other way."""
+    def _bf16(self, x, up=0.5):
+        """x as bfloat16 rounds it, up if its cut part is `1 - up` or more; the margin is how far it is, relative, from rounding
+        the other way."""
         if x == 0:
             return 0.0
         mantissa, exponent = math.frexp(abs(x))
         units = mantissa * 256
-        self.margin = min(self.margin, abs(abs(units - math.floor(units)) - 0.5) / units)
-        return math.copysign(math.ldexp(round(units), exponent - 8), x)
+        edge = units + up
+        if units != math.floor(units):
+            self.margin = min(self.margin, abs(edge - round(edge)) / units)
+        return math.copysign(math.ldexp(math.floor(edge), exponent - 8), x)
 
     def _fill_buckets(self, count):
         """A run of a whole window or more starts the buckets anew, so that its last step ends one."""

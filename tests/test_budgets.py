@@ -239,6 +239,15 @@ def test_more_than_everything_is_full_and_said_so():
     assert "raised" in plan(CONFIG, Recency(), "1%", lengths=[200], dtype="float32").note
 
 
+def test_tiers_without_a_place_are_told():
+    planned = plan(CONFIG, "kivi-2", 60, lengths=[500], dtype="float32")
+    assert planned.note == "so few tokens that none is stored as kivi2/int2" and planned.limits[0, :, 0].tolist() == [
+        60,
+        0,
+    ]
+    assert plan(CONFIG, "kivi-2", 64, lengths=[500], dtype="float32").note == ""
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_more_bytes_than_the_full_cache_is_full_and_said_so(name):
     policy = make_policy(name)
@@ -246,7 +255,7 @@ def test_more_bytes_than_the_full_cache_is_full_and_said_so(name):
     assert full.note == "" and full.limits[0, 0].tolist() == LENGTHS
     for asked in (f"{full.bytes_per_row}b", "64MiB"):
         planned = plan(CONFIG, policy, asked, lengths=LENGTHS, dtype="float32")
-        assert (planned.spec, planned.bytes_per_row, planned.share) == (full.spec, full.bytes_per_row, 1.0)
+        assert (planned.spec, planned.bytes_per_row, planned.share) == (full.spec, full.bytes_per_row, full.share)
         np.testing.assert_array_equal(planned.limits, full.limits)
         assert planned.note == f"budget {asked} holds all 200 tokens, so nothing is evicted"
         assert planned.note in planned.describe()

@@ -76,6 +76,20 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(smollm2):
         both = plan(config, "auto", budget, lengths=ragged, dtype="float32")
         assert (both.tokens[:, 1] >= 200).all() or budget != 512  # what fits stays, whatever its mates
         assert both.bytes_per_row <= 3 * 2**20 or budget == 512
+    uneven = plan(config, "auto", "25%", lengths=[2028, 200], dtype="float32")
+    assert uneven.owners is None and uneven.note.startswith("kv heads share evenly: ")
+
+
+def test_auto_takes_the_bits_that_it_is_given(smollm2):
+    """More bytes are more bits, up to the exact cache; nothing is evicted where everything fits at 8 bits."""
+    config = read_config(smollm2)
+    schemes = lambda planned: [tier.scheme for tier in planned.spec[0].tiers]
+    planned = lambda budget: plan(config, "auto", budget, lengths=[2028], dtype="float32")
+    full = plan(config, "full", None, lengths=[2028], dtype="float32")
+    assert planned("100%").spec[0].tiers == planned("1GiB").spec[0].tiers == full.spec[0].tiers
+    assert schemes(planned("60%"))[1:] == [("int8", "int8")] and planned("60%").tokens.min() == 2028
+    assert schemes(planned("50%"))[1:] == [("int8", "int8"), ("int8", "rotated4")]
+    assert planned("50%").tokens.min() >= 2028
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,8 @@ def test_evaluate(lm):
     ]  # fmt: skip
     for row in rows:
         if row["budget"] == "100%":
-            assert row["share"] == 1.0 and row["kl_p99"] < 1e-5 and row["top1"] == 1.0
+            assert row["share"] > 2.0  # float32, of a bfloat16 cache
+            assert row["kl_p99"] < 1e-5 and row["top1"] == 1.0
             assert row["bits_per_byte"] == pytest.approx(rows[0]["bits_per_byte"], rel=1e-4)
             assert row["accuracy"] == rows[0]["accuracy"]
         else:

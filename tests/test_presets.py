@@ -9,8 +9,8 @@ import pytest
 import tolerances
 from cache_harness import MIXED, PARAMS, T, new_state, small
 
-from jaxkv.cache import empty_state, extend
-from jaxkv.policies import H2O, POLICIES, KVzip, Recency
+from jaxkv.cache import compress, empty_state, extend
+from jaxkv.policies import H2O, POLICIES, Full, KVzip, Recency
 from jaxkv.presets import COMPUTE, PRESETS, Part, Preset, make_preset, one_tier, tiers
 from jaxkv.quantization import BALANCED, SCHEMES, get_scheme
 from jaxkv.quantization.balance import LIMIT, factor_of, find_balance
@@ -95,6 +95,21 @@ def test_positions_too_narrow_are_refused():
     spec = (LayerSpec(policy=Recency(), tiers=(TierSpec(slots=8, scheme=("f32", "f32"), positions="int16"),)),) * 2
     with pytest.raises(ValueError, match="int16 positions do not reach 40000 tokens; use int32"):
         empty_state(MIXED, spec, limits=np.full((2, 1, 1), 8), lengths=[40000])
+    state = empty_state(MIXED, spec, limits=np.full((2, 1, 1), 8), lengths=[8])
+    late = dataclasses.replace(state, next_position=jnp.full((1,), 32765, jnp.int32))
+    with pytest.raises(ValueError, match="32769 positions are needed; tiers of this state count to 32767; use int32"):
+        extend(PARAMS, jnp.zeros((1, 4), jnp.int32), late, config=MIXED)
+    whole = (LayerSpec(policy=Full(), tiers=(TierSpec(slots=8, scheme=("f32", "f32")),)),) * 2
+    full = empty_state(MIXED, whole, limits=np.full((2, 1, 1), 8), lengths=[8])
+    far = dataclasses.replace(full, next_position=jnp.full((1,), 40000, jnp.int32))
+    with pytest.raises(ValueError, match="int16 positions do not reach 40000 tokens; use int32"):
+        compress(far, spec, limits=np.full((2, 1, 1), 8))
+    for wrong in ((), (LayerSpec(policy=Recency(), tiers=()),) * 2):
+        with pytest.raises(ValueError, match="a spec for each of 2 layers, with equally many tiers, at least one"):
+            compress(full, wrong, limits=np.zeros((2, 0, 1)))
+    odd = (LayerSpec(policy=Recency(), tiers=(TierSpec(slots=8, scheme=("f32", "f32"), positions="uint16"),)),) * 2
+    with pytest.raises(ValueError, match="positions are int16 or int32, got 'uint16'"):
+        empty_state(MIXED, odd, limits=np.full((2, 1, 1), 8), lengths=[8])
 
 
 # MiKV

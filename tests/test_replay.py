@@ -1,8 +1,13 @@
-"""How a context and its replay are laid out in one row."""
+"""How a context and its replay are laid out in one row; what the policy makes of many small votes."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from infer.replay import CHUNK, LEAST, with_replay
+from jaxkv.policies import Replay
+from jaxkv.quantization.base import from_bits, to_bits
 
 
 def lay(rows, **options):
@@ -32,3 +37,20 @@ def test_near_the_windows_end_chunks_get_shorter_down_to_a_floor():
     assert reach(lay([row], start=600, window=2000), 600) == 2000
     assert lay([row], start=900, window=2000)["replay"].max() == LEAST + 2
     assert {int(x) for x in np.unique(lay([row], start=600, window=2000)["segments"])} == {-1, 0, 1, 2}
+
+
+@pytest.mark.parametrize("vote", [0.01, 0.003, 0.0])
+def test_small_votes_add_up(vote):
+    """A score far above what a step adds to it: rounded to the nearest, 5.6 + 0.01 is 5.6 again in bfloat16."""
+    policy, votes = Replay(memory=2**30), 2000  # nothing fades here
+    added = jnp.asarray([[[vote, 0.0, 3 * vote]]])
+
+    def step(slots, number):
+        row = {"read": jnp.reshape(number, (1,))}
+        return policy.absorb(slots, {"attention": added}, row, jnp.ones((1,), jnp.int32)), None
+
+    start = {"attention": to_bits(jnp.asarray([[[5.6, 5.6, 0.0]]]))}
+    slots, _ = jax.lax.scan(step, start, jnp.arange(votes, dtype=jnp.int32))
+    first = float(from_bits(to_bits(jnp.asarray(5.6))))
+    expected = [first + votes * vote, first, 3 * votes * vote]
+    np.testing.assert_allclose(from_bits(slots["attention"])[0, 0], expected, rtol=0.02)

@@ -75,32 +75,52 @@ BAD = {
     ),
     "another format": (lambda data: edited(data, lambda h: h["__metadata__"].update(format="x")), "is 'x'; this version"),
     "no metadata": (lambda data: edited(data, lambda h: h.pop("__metadata__")), "is 'no saved state'"),
-    "another model": (lambda data: edited(data, lambda h: h["__metadata__"].update(model="x")), "of another model"),
+    "another policy": (lambda data: edited(data, with_spec(lambda layer: layer.update(policy="snapkv"))), "altered"),
+    "another scheme": (lambda data: edited(data, with_spec(lambda layer: layer["tiers"][1].__setitem__(2, "int4"))), "altered"),
+    "a spec that is none": (lambda data: edited(data, lambda h: h["__metadata__"].update(spec="[")), "altered"),
+    "no spec": (lambda data: edited(data, lambda h: h["__metadata__"].pop("spec")), "altered"),
+    "another extra": (lambda data: edited(data, lambda h: h["__metadata__"].update(extra="{}")), "altered"),
+    "a model that is not its own": (lambda data: edited(data, lambda h: h["__metadata__"].update(model="x")), "altered"),
+    "no digest": (lambda data: edited(data, lambda h: h["__metadata__"].pop("digest")), "altered"),
 }  # fmt: skip
+
+
+def with_spec(change):
+    """A change of every layer of the spec, as one of the header."""
+
+    def of_header(header):
+        spec = json.loads(header["__metadata__"]["spec"])
+        list(map(change, spec))
+        header["__metadata__"]["spec"] = json.dumps(spec)
+
+    return of_header
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_refused(what):
     change, message = BAD[what]
     with pytest.raises(StateFileError, match=f"here: .*{message}"):
-        unpack_state(change(packed()[2]), config=MIXED, model=MODEL, where="here")
+        unpack_state(change(packed(extra={"position": 3})[2]), config=MIXED, model=MODEL, where="here")
+
+
+def test_the_state_of_another_model_is_refused():
+    with pytest.raises(StateFileError, match="here: is the state of another model, dtype or revision"):
+        unpack_state(packed()[2], config=MIXED, model="x", where="here")
 
 
 def test_a_spec_that_does_not_fit_the_arrays_is_refused():
-    def shrink(header):
-        spec = json.loads(header["__metadata__"]["spec"])
-        spec[0]["tiers"][1][0] = 8
-        header["__metadata__"]["spec"] = json.dumps(spec)
-
-    with pytest.raises(StateFileError, match=r"should be uint8 \(4, 2, 3, 8\), it is uint8 \(4, 2, 3, 16\)"):
-        unpack_state(edited(packed()[2], shrink), config=MIXED, model=MODEL, where="here")
+    wider = dataclasses.replace(MIXED, head_dim=16)
+    with pytest.raises(StateFileError, match=r"should be .* \(4, 2, 16, 16\), it is .* \(4, 2, 8, 16\)"):
+        unpack_state(packed()[2], config=wider, model=MODEL, where="here")
 
 
 def test_fingerprints_tell_models_apart():
     other = decoder.init_params(PLAIN, jax.random.key(4))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     wider = dataclasses.replace(MIXED, norm_eps=1e-5)
-    assert len({MODEL, fingerprint(MIXED, other), fingerprint(MIXED, half), fingerprint(wider, PARAMS)}) == 4
+    nearly = jax.tree.map(jnp.copy, PARAMS)
+    nearly["embedder"]["embedding"] = nearly["embedder"]["embedding"].at[-1, -1].multiply(1 + 2**-20)
+    assert len({MODEL, *(fingerprint(MIXED, p) for p in (other, half, nearly)), fingerprint(wider, PARAMS)}) == 5
     assert MODEL == fingerprint(MIXED, jax.tree.map(np.asarray, PARAMS))
 
 

@@ -44,8 +44,8 @@ class Plan:
 
     preset: what was planned. spec: a LayerSpec per layer. limits: int [L, tiers, B], of each block row. owners: int [B, P] per
     layer, the kv head of each block row, or None: one each. bytes_per_row: allocated for one row of the batch.
-    share: of the bytes of a full bfloat16 cache of the longest row's length; at most 1, which is also what the full cache
-    in float32 says. note: what was adjusted, or "".
+    share: of the bytes of a full bfloat16 cache of the longest row's length; of a full cache in float32 it is 2.
+    note: what was adjusted, or "".
     """
 
     preset: Preset
@@ -161,7 +161,11 @@ def plan(
         found = _plan_for(config, known, asked, lengths, dtype, calibration=calibration)
         if found is not None:
             return found
-    return _plan_for(config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights)
+    planned = _plan_for(config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights)
+    if calibration is None:
+        return planned
+    why = "kv heads share evenly: what they deserve does not fit rows so different, or so small a budget"
+    return dataclasses.replace(planned, note="; ".join(filter(None, (planned.note, why))))
 
 
 def _plan_for(
@@ -225,7 +229,7 @@ def _plan_rows(preset, layout, limits, slots, owners, longest) -> Plan:
     return Plan(
         preset=preset, spec=spec, limits=np.tile(limits.T, (layers, 1, 1)).astype(np.int32),
         owners=owners,
-        bytes_per_row=size, share=float(min(1.0, size / full_bytes(layout.config, longest))), note="",
+        bytes_per_row=size, share=size / full_bytes(layout.config, longest), note="",
     )  # fmt: skip
 
 
@@ -234,8 +238,15 @@ def _plan(preset, layout, limits, longest, note) -> Plan:
     size = state_bytes(layout.config, spec)
     return Plan(
         preset=preset, spec=spec, limits=np.stack(limits, axis=-1).astype(np.int32), bytes_per_row=size,
-        share=float(min(1.0, size / full_bytes(layout.config, longest))), note=note,
+        share=size / full_bytes(layout.config, longest), note="; ".join(filter(None, (note, _unused(layout.parts, limits)))),
     )  # fmt: skip
+
+
+def _unused(parts: tuple[Part, ...], limits) -> str:
+    """Says which low-bit tiers have no place in any layer of any row, because all there is lies in those above."""
+    held = np.sum(limits, axis=(0, 1))
+    names = ["/".join(dict.fromkeys((p.keys, p.values))) for p, n in zip(parts, held, strict=True) if not n]
+    return f"so few tokens that none is stored as {' or '.join(names)}" if names else ""
 
 
 def full_bytes(config: DecoderConfig, length: int) -> int:

@@ -32,9 +32,16 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits, owners=None) 
       tiers, limits and owners that `empty_state` would refuse.
     """
     limits, layers = np.asarray(limits), []
+    if len(spec) != len(state.layers) or not all(len(wanted.tiers) == len(spec[0].tiers) > 0 for wanted in spec):
+        raise ValueError(
+            f"compress needs a spec for each of {len(state.layers)} layers, with equally many tiers, at least one; got"
+            f" {[len(wanted.tiers) for wanted in spec]} tiers"
+        )
+    longest = 0 if isinstance(state.next_position, jax.core.Tracer) else int(state.next_position.max())
     wanted_shape = (len(state.layers), len(spec[0].tiers), state.next_position.shape[0])
     if limits.shape != wanted_shape:
         raise ValueError(f"limits must be [L, tiers, B] = {wanted_shape}, got {limits.shape}")
+    checked = []
     for index, (layer, wanted) in enumerate(zip(state.layers, spec, strict=True)):
         policy = wanted.policy
         if not isinstance(layer.policy, Full) or len(layer.tiers) != 1:
@@ -48,10 +55,10 @@ def compress(state: State, spec: tuple[LayerSpec, ...], *, limits, owners=None) 
                 )
         if wants_balance(wanted) and layer.balance is None:
             raise ValueError("a balanced scheme needs queries that this state has not kept: Full(balance=True)")
-        check_tiers(index, wanted, limits[index], 0)
-        limit = jnp.asarray(limits[index], jnp.int32)
-        number = jnp.asarray(index, jnp.int32)
-        owner = checked_owner(owners, index, wanted, limit.shape[-1], layer.tiers[0].positions.shape[1])
+        check_tiers(index, wanted, limits[index], longest)
+        checked.append(checked_owner(owners, index, wanted, limits.shape[-1], layer.tiers[0].positions.shape[1]))
+    for index, (layer, wanted, owner) in enumerate(zip(state.layers, spec, checked, strict=True)):
+        number, limit = (jnp.asarray(x, jnp.int32) for x in (index, limits[index]))
         layers.append(_compress_layer(layer, state.next_position, limit, number, owner, spec=wanted))
     copy = lambda tree: jax.tree.map(jnp.copy, tree)  # an extend donates its state; the source must survive it
     zeros = lambda: jnp.zeros_like(state.next_position)

@@ -68,8 +68,9 @@ def extend(
     for name, array in (("valid", valid), ("candidates", candidates), ("segments", segments), ("replay", replay)):
         if array is not None and array.shape != (batch, length):
             raise ValueError(f"{name} must be [B, T] = {(batch, length)}, got {array.shape}")
-    _refuse_overflow(state, valid & candidates if replay is None else valid & candidates & (replay == 0), config)
-    _refuse_distant(state, valid, config)
+    lasting = valid if replay is None else valid & (replay == 0)
+    _refuse_overflow(state, lasting & candidates, config)
+    _refuse_distant(state, lasting, replay, config)
     outer = {name: params[name] for name in ("embedder", "positions", "head") if name in params}
     x, context = _begin(
         outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments, replay,
@@ -192,14 +193,20 @@ def _is_fresh(state: State) -> bool:
     return not isinstance(state.next_position, jax.core.Tracer) and not state.next_position.any()
 
 
-def _refuse_distant(state: State, valid: Array, config: DecoderConfig) -> None:
-    """Positions beyond a table of learned ones are an error; under jit their embeddings are NaN."""
-    known = not any(isinstance(x, jax.core.Tracer) for x in (state.next_position, valid))
-    if config.learned_positions is None or not known:
+def _refuse_distant(state: State, lasting: Array, replay: Array | None, config: DecoderConfig) -> None:
+    """Positions beyond a table of learned ones, or what a tier can count, are an error. Under jit, embeddings are NaN there,
+    and positions wrap: `jaxkv.cache.budgets.plan` chooses a type for the length that it is told."""
+    far, learned = np.iinfo(np.int32).max, config.learned_positions
+    countable = min((np.iinfo(tier.positions.dtype).max for layer in state.layers for tier in layer.tiers), default=far)
+    known = not any(isinstance(x, jax.core.Tracer) for x in (state.next_position, lasting, replay))
+    if not known or learned is None and countable == far:
         return
-    length = int((state.next_position + valid.sum(axis=1)).max())
-    if length > config.learned_positions:
-        raise ValueError(f"{length} positions are needed; the model has learned {config.learned_positions}")
+    stored = state.next_position + lasting.sum(axis=1)
+    seen = int((stored if replay is None else stored + replay.max(axis=1)).max())
+    if learned is not None and seen > learned:
+        raise ValueError(f"{seen} positions are needed; the model has learned {learned}")
+    if stored.max() > countable:
+        raise ValueError(f"{stored.max()} positions are needed; tiers of this state count to {countable}; use int32")
 
 
 def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> None:

@@ -3,8 +3,8 @@
     metadata   format, jaxkv          which layout, written by which version
                model                  `fingerprint` of the configuration and the parameters
                spec                   policies, their options, tiers: what `empty_state` was given
-               digest                 sha256 of all arrays
                extra                  what the caller wants back, JSON
+               digest                 sha256 of all arrays and of the metadata above
 
 Nothing in it is code, and nothing of it is used before digest and model have been checked.
 """
@@ -22,8 +22,7 @@ from jaxkv.config import DecoderConfig
 from jaxkv.policies import make_policy
 from jaxkv.types import LayerSpec, State, TierSpec
 
-FORMAT = "jaxkv-state-2"
-SAMPLE = 256  # values of every parameter that tell one model from another
+FORMAT = "jaxkv-state-3"
 
 
 class StateFileError(ValueError):
@@ -31,12 +30,20 @@ class StateFileError(ValueError):
 
 
 def fingerprint(config: DecoderConfig, params) -> str:
-    """Identifies a model: sha256 over its configuration and the shape, dtype and first values of every parameter."""
+    """Identifies a model: sha256 over its configuration and the shape, dtype and a checksum of every parameter."""
     digest = hashlib.sha256(repr(config).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)][:SAMPLE]).tobytes())
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {int(_checksum(leaf))}".encode())
     return digest.hexdigest()
+
+
+@jax.jit
+def _checksum(x):
+    """All bits of an array in one number, read once, where it lies: sum of bits * (2 place + 1), modulo 2**32. No single
+    change goes unnoticed."""
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    place = jax.lax.iota(jnp.uint32, x.size)
+    return (bits.reshape(-1).astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
 
 
 def pack_state(state: State, *, model: str, extra: dict) -> bytes:
@@ -52,10 +59,9 @@ def pack_state(state: State, *, model: str, extra: dict) -> bytes:
         "jaxkv": _version(),
         "model": model,
         "spec": json.dumps([_layer_to_json(layer) for layer in state.layers]),
-        "digest": _digest(arrays),
         "extra": json.dumps(extra),
     }
-    return save(arrays, metadata=metadata)
+    return save(arrays, metadata=metadata | {"digest": _digest(arrays, metadata)})
 
 
 def unpack_state(data: bytes, *, config: DecoderConfig, model: str, where: str) -> tuple[State, dict]:
@@ -69,8 +75,8 @@ def unpack_state(data: bytes, *, config: DecoderConfig, model: str, where: str) 
         raise refuse(f"is {metadata.get('format', 'no saved state')!r}; this version reads {FORMAT!r}")
     if metadata.get("jaxkv") != _version():
         raise refuse(f"was written by jaxkv {metadata.get('jaxkv')}, this is {_version()}; read the document again")
-    if metadata.get("digest") != _digest(arrays):
-        raise refuse("was altered: its arrays are not those that were saved")
+    if metadata.pop("digest", None) != _digest(arrays, metadata):
+        raise refuse("was altered: its arrays or its metadata are not those that were saved")
     if metadata.get("model") != model:
         raise refuse("is the state of another model, dtype or revision; load that model, or read the document again")
     spec = tuple(_layer_from_json(one) for one in json.loads(metadata["spec"]))
@@ -104,8 +110,8 @@ def _named(state) -> dict:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def _digest(arrays) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays, metadata) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

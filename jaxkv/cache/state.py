@@ -13,6 +13,7 @@ from jaxkv.types import Array, Encoded, LayerSpec, LayerState, Newcomers, Rotary
 from pallas_kernels.decode_attention import Packed
 
 EMPTY = -1  # position of a slot that holds nothing
+POSITIONS = ("int16", "int32")
 
 
 def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, lengths, owners=None) -> State:
@@ -92,13 +93,17 @@ def even_owners(spec: tuple[LayerSpec, ...], batch: int, heads: int) -> list | N
 def check_tiers(index: int, layer: LayerSpec, limits, longest: int) -> None:
     """Raises: ValueError for tiers that cannot be, or limits [tiers, B] that they cannot hold. longest: position."""
     for tier, limit in zip(layer.tiers, limits, strict=True):
+        if tier.positions not in POSITIONS:
+            raise ValueError(f"layer {index}: positions are {' or '.join(POSITIONS)}, got {tier.positions!r}")
         if longest > np.iinfo(tier.positions).max:
             raise ValueError(f"layer {index}: {tier.positions} positions do not reach {longest} tokens; use int32")
         values = get_scheme(tier.scheme[1])
         if values.balanced or values.keys_only:
             why = "have no queries to balance with" if values.balanced else "are stored per token, as by 'int4'"
             raise ValueError(f"layer {index}: {tier.scheme[1]!r} stores keys; values {why}")
-        if tier.slots < 1 or limit.max() > tier.slots or limit.min() < 0:
+        if tier.slots < 1:
+            raise ValueError(f"layer {index}: a tier has at least 1 slot, got {tier.slots}")
+        if limit.max() > tier.slots or limit.min() < 0:
             raise ValueError(f"layer {index}: limits {limit} do not fit {tier.slots} slots")
     _check_granules(f"layer {index}", layer.tiers, limits)
 

@@ -7,16 +7,21 @@ behind one that a single query looks at; the mean over query heads instead of th
 heard as well, because what follows a text is read in the light of its end, not only of its repetition. Chosen among twelve
 such scores on one text; `benchmarks/quality.py` measures the result on others. `replay=False` needs one reading only.
 Later queries add theirs. What was there fades, by half in `memory` tokens: instead of fading, newer attention weighs more,
-which ranks alike and lets the score be kept in bfloat16, 2 bytes a slot. It overflows after 127 * `memory` tokens.
+which ranks alike and lets the score be kept in bfloat16, 2 bytes a slot. It overflows after 127 * `memory` tokens. Sums are
+rounded up or down by a threshold that moves on with every token: to the nearest, a score would stand still as soon as what
+a token adds is less than 1/512 of it.
 """
 
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from jaxkv.policies.base import Policy, expand, mean_vote
-from jaxkv.quantization.base import from_bits, to_bits
+from jaxkv.quantization.base import from_bits
+
+GOLDEN = 40503  # 2**16 over the golden ratio: multiples of it, modulo 2**16, lie evenly however many there are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +62,17 @@ class Replay(Policy):
         return {"attention": jnp.einsum("bpts,bt->bps", mean_vote(jnp.square(p)), looks.astype(p.dtype))}
 
     def absorb(self, slots, statistic, row, count):
-        weight = expand(
-            jnp.exp2((row["read"] + count).astype(jnp.float32) * (1.0 / self.memory)), statistic["attention"]
-        )
-        return {"attention": to_bits(from_bits(slots["attention"]) + weight * statistic["attention"])}
+        steps = expand(row["read"] + count, statistic["attention"])
+        weight = jnp.exp2(steps.astype(jnp.float32) * (1.0 / self.memory))
+        total = from_bits(slots["attention"]) + weight * statistic["attention"]
+        return {"attention": _rounded(total, steps)}
 
     def score(self, slots, row, positions):
         return from_bits(slots["attention"])
+
+
+def _rounded(x, steps):
+    """bfloat16 bits of x >= 0: up where the cut part is more than the threshold of this step, so right on average over many;
+    numbers of bfloat16 stay."""
+    threshold = (steps.astype(jnp.uint32) * jnp.uint32(GOLDEN)) & 0xFFFF
+    return ((jax.lax.bitcast_convert_type(x, jnp.uint32) + threshold) >> 16).astype(jnp.uint16)
