@@ -3,8 +3,8 @@
     python benchmarks/presets.py [--text FILE_OR_NAME] [--caches NAMES] [--budgets ...] [--contexts 0] [--out FILE]
 
 Each cell: KL(full || this) and, in brackets, the 95 % interval of how much more that is than `auto`'s, in pairs over the
-excerpts of all seeds. "ahead" in the last line: every other cache's interval lies above 0; intervals are of one comparison each,
-not corrected for their number. The text is one that neither the calibration nor the tiers of `auto` were chosen on.
+excerpts of all seeds. "ahead" in the last line: every other cache's interval lies above 0; intervals are of one comparison
+each, not corrected for their number. Neither the calibration nor the tiers of `auto` were chosen on the text.
 """
 
 import pathlib
