@@ -24,6 +24,7 @@ from jaxkv.cache.budgets import plan
 from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.decoder import init_params
 from jaxkv.policies import Full, Scissorhands, make_policy
+from jaxkv.presets import Preset, one_tier
 
 FILLER = " ".join(f"Mr. Darcy said number {i} to nobody. “Did he?” It was a {i % 7}th day!" for i in range(400))
 
@@ -341,6 +342,12 @@ def test_seeds_are_put_together(lm, monkeypatch):
     assert row["kl_by_excerpt"] == [0.5, 1.5, 3.5, 4.5]
     assert row["asked"] == {"magic": 6} and row["accuracy"]["magic"] == 0.5
     assert row["answers"]["magic"] == [True, False, False, True, True, False]
+
+
+def test_a_quantized_cache_is_not_passed_off_as_the_full_one(lm):
+    wide = Preset(name="wide", summary="", policy=Full(), parts=one_tier("int8"))
+    with pytest.raises(ValueError, match="cache 'wide' quantizes, and the full policy takes no budget"):
+        evaluate(lm, **OPTIONS | {"caches": [wide]})
 
 
 def test_full_cache_equals_the_plain_forward_pass(lm):

@@ -68,7 +68,10 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     notes = [""] if rows else []
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     if protocols:
-        notes.append(f"questions: {', '.join(protocols)}; [95 % Wilson interval]; bytes: allocated for one sequence")
+        notes.append(
+            f"questions: {', '.join(protocols)}; [95 % Wilson interval]; bytes: allocated for one sequence;"
+            " share: of a full bfloat16 cache, of which a full float32 one is 200 %"
+        )
     seeds = {tuple(row["seeds"]) for row in rows if len(row.get("seeds", ())) > 1}
     if seeds:
         notes.append(f"mean over seeds {', '.join(map(str, *seeds))} [lowest-highest]; questions of all seeds together")

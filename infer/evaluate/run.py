@@ -197,6 +197,11 @@ def _cases(caches, budgets) -> list[_Case]:
         parse_budget(budget)
     for preset in map(make_preset, caches):
         if isinstance(preset.policy, Full):  # it has one size; a smaller one would not be full
+            if not preset.exact:
+                raise ValueError(
+                    f"cache {preset.name!r} quantizes, and the full policy takes no budget; give it an evicting policy, and a"
+                    " budget of all tokens"
+                )
             cases.append(_Case(preset=make_preset("full"), budget=None))
         elif not budgets:
             raise ValueError(f"cache {preset.name!r} needs a budget, such as '25%'")
