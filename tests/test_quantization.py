@@ -209,7 +209,10 @@ def test_what_is_on_the_grid_stays(name):
     if name in ROTATED:
         assert np.abs(twice - once).mean() < 0.01 * np.abs(once).mean()
     else:
-        np.testing.assert_allclose(twice, once, atol=0 if name in ("f32", "bf16") else 1e-2 * np.abs(once).max())
+        bits = (INTEGERS | KIVI).get(name)
+        range_ = 0.0 if bits is None else once.max(-2 if name in KIVI else -1) - once.min(-2 if name in KIVI else -1)
+        atol = 0.0 if bits is None else 0.6 * np.max(range_) / (2**bits - 1)  # a code further would be a whole step off
+        np.testing.assert_allclose(twice, once, rtol=0, atol=atol)
 
 
 @every_scheme
@@ -269,8 +272,16 @@ def test_batch_mates_do_not_matter(name):
     np.testing.assert_array_equal(stored(name, x)[2:5], stored(name, x[2:5]))
 
 
+def random_shape(seed):
+    rng = np.random.default_rng(seed)
+    return (*rng.integers(1, 6, rng.integers(1, 4)).tolist(), 8 * int(rng.integers(1, 9)))
+
+
+RANDOM_SHAPES = [random_shape(seed) for seed in range(5)]
+
+
 @pytest.mark.parametrize("bits", PLANES)
-@pytest.mark.parametrize("shape", [(8,), (3, 16), (2, 3, 5, 24), (1, 1, 128)])
+@pytest.mark.parametrize("shape", [(8,), (1, 1, 128), *RANDOM_SHAPES])
 def test_pack_round_trip(bits, shape):
     codes = np.random.default_rng(bits).integers(0, 2**bits, shape).astype(np.uint8)
     packed = pack(jnp.asarray(codes), bits)
