@@ -112,10 +112,11 @@ def test_parts_add_up_to_the_batch():
 
 
 def test_adamw_by_its_definition():
-    """Two steps in float64: clipping, decay of matrices alone, a group with a rate of its own."""
-    trained = {"a/kernel": jnp.array([[1.0, -2.0]]), "a/scale": jnp.array([1.0]), "b/kernel": jnp.array([[0.5]])}
-    gradients = [{"a/kernel": [[3.0, 4.0]], "a/scale": [0.0], "b/kernel": [[12.0]]},
-                 {"a/kernel": [[0.1, -0.1]], "a/scale": [0.2], "b/kernel": [[0.1]]}]  # fmt: skip
+    """Two steps in float64: clipping, decay of matrices alone and of no temperature, a group with a rate of its own."""
+    trained = {"a/kernel": jnp.array([[1.0, -2.0]]), "a/scale": jnp.array([1.0]), "b/kernel": jnp.array([[0.5]]),
+               "c_temperature/kernel": jnp.array([[2.0]])}  # fmt: skip
+    by_path = lambda *values: dict(zip(trained, values, strict=True))
+    gradients = by_path([[3.0, 4.0]], [0.0], [[12.0]], [[0.0]]), by_path([[0.1, -0.1]], [0.2], [[0.1]], [[0.3]])
     settings = Optimizer(learning_rate=0.1, weight_decay=0.5, clip=6.5, groups=(("b/*", 0.25),))
     made = make_optimizer(settings, lambda step: 0.1, trained)
     state, now = made.init(trained), trained
@@ -129,7 +130,7 @@ def test_adamw_by_its_definition():
             g = np.asarray(given[path], np.float64) * min(1, 6.5 / norm)
             m[path], v[path] = 0.9 * m[path] + 0.1 * g, 0.95 * v[path] + 0.05 * g * g
             update = m[path] / (1 - 0.9**count) / (np.sqrt(v[path] / (1 - 0.95**count)) + 1e-8)
-            update = update + (0.5 * wide[path] if path.endswith("kernel") else 0)
+            update = update + (0.5 * wide[path] if path in ("a/kernel", "b/kernel") else 0)
             wide[path] = wide[path] - 0.1 * (0.25 if path.startswith("b") else 1) * update
             np.testing.assert_allclose(now[path], wide[path], atol=tolerances.ADAM, err_msg=path)
 

@@ -16,6 +16,9 @@ import optax
 from train.config import Optimizer, Schedule, TrainError
 
 Flat = dict[str, jax.Array]
+UNDECAYED = (
+    "*_temperature/kernel",
+)  # decay would pull temperatures (arXiv 2411.12892) back to where they select nothing
 
 
 def flatten(params) -> Flat:
@@ -117,7 +120,8 @@ def _promoting(function):
 
 
 def make_optimizer(optimizer: Optimizer, schedule: optax.Schedule, trained) -> optax.GradientTransformation:
-    """The chain over the flat dict of trained parameters (arrays or shapes): clip, Adam, decay of matrices, rates.
+    """The chain over the flat dict of trained parameters (arrays or shapes): clip, Adam, decay of matrices but temperatures',
+    rates.
 
     Raises: TrainError for a group that no parameter belongs to.
     """
@@ -127,7 +131,7 @@ def make_optimizer(optimizer: Optimizer, schedule: optax.Schedule, trained) -> o
     parts = [optax.clip_by_global_norm(optimizer.clip)] if optimizer.clip is not None else []
     parts.append(optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps))
     if optimizer.weight_decay:
-        decays = {path: x.ndim >= 2 for path, x in trained.items()}
+        decays = {path: x.ndim >= 2 and not matches(path, UNDECAYED) for path, x in trained.items()}
         parts.append(optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
     for value in sorted(set(factors.values()) - {1.0}):
         parts.append(optax.masked(optax.scale(value), {path: f == value for path, f in factors.items()}))
