@@ -23,7 +23,7 @@ OTHERS = [name for name in PRESETS if name != "auto" and name not in SAME]
 def main():
     """Evaluates all, compares in pairs, writes the table."""
     parser = options(
-        __doc__, text="wikitext2-test", budgets="50%,25%,12.5%,6.25%", title="Every preset beside `auto`, SmolLM2-135M",
+        __doc__, text="wikitext2-test", budgets="50%,25%,12.5%,6.25%", title="Presets beside `auto`, SmolLM2-135M",
         excerpts=2, contexts=0,
     )  # fmt: skip
     parser.add_argument("--caches", default=",".join(OTHERS))
