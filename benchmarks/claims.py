@@ -9,7 +9,7 @@ models on other tasks. Questions are asked after the context is compressed, whic
 import dataclasses
 
 from common import record
-from quality import evaluated, options
+from quality import answered, command, evaluated, options
 
 from jaxkv.presets import PRESETS, tiers
 
@@ -40,7 +40,7 @@ class Claim:
 
 def right(row):
     """How many questions were answered right."""
-    return sum(round(row["accuracy"][task] * row["asked"][task]) for task in row["accuracy"])
+    return answered(row)[0]
 
 
 def no_loss(row, full):
@@ -96,7 +96,7 @@ def main():
         given.out,
         title=f"Claims of the papers, tried on SmolLM2-135M: {given.context} tokens, {given.excerpts} excerpts of"
         f" {given.text.rsplit('/', 1)[-1]}, {8 * given.contexts} questions; mean over {given.seeds} seeds [lowest, highest]",
-        command=f"python benchmarks/claims.py --text {given.text.rsplit('/', 1)[-1]} --seeds {given.seeds}",
+        command=command(parser, given, "claims.py"),
         rows=rows,
     )
 
@@ -107,7 +107,7 @@ def shown(row, says, source, rule, verdict):
     return {
         "claim": says, "source": source, "cache": row["cache"], "share": f"{row['share']:.1%}",
         "perplexity": f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]",
-        "right": f"{right(row)} of {sum(row['asked'].values())}", "holds if": rule, "verdict": verdict,
+        "right": "{} of {}".format(*answered(row)), "holds if": rule, "verdict": verdict,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 from common import record
-from quality import evaluated, options
+from quality import answered, command, evaluated, options
 
 from infer.evaluate import metrics
 from jaxkv.presets import PRESETS
@@ -44,8 +44,7 @@ def main():
         given.out,
         title=f"{given.title}: {given.context} tokens, KL of the next {given.next} [how much more than auto, 95 %], right"
         f" answers; {given.seeds} seeds of {given.excerpts} excerpts and {8 * given.contexts} questions, {name}",
-        command=f"python benchmarks/presets.py --text {name} --seeds {given.seeds} --excerpts {given.excerpts} --contexts"
-        f" {given.contexts}" + (f" --caches {given.caches}" if others != OTHERS else ""),
+        command=command(parser, given, "presets.py"),
         rows=table,
     )
 
@@ -64,8 +63,7 @@ def cell(row, auto):
 
 def right(row):
     """How many answers of how many, where questions were asked."""
-    found = [one for answers in row["answers"].values() for one in answers]
-    return [f"{sum(found)} of {len(found)}"] if found else []
+    return ["{} of {}".format(*answered(row))] if row["answers"] else []
 
 
 def verdict(rows, others, budget):

@@ -20,7 +20,7 @@ CACHES = "full,auto,kvzip,h2o,scissorhands,recency,random"
 
 def main():
     """Runs the seeds and writes the table."""
-    parser = options(__doc__, text="state-of-the-union", budgets="50%,25%,12.5%,6.25%", title="Quality on SmolLM2-135M")
+    parser = options(__doc__, text="wikitext2-test", budgets="50%,25%,12.5%,6.25%", title="Quality on SmolLM2-135M")
     parser.add_argument("--caches", default=CACHES)
     given = parser.parse_args()
     measure(parser, given, given.caches.split(","), script="quality.py")
@@ -46,15 +46,26 @@ def options(doc, *, text, budgets, title, seeds=3, excerpts=4, contexts=9) -> ar
 def measure(parser, given, caches, *, script):
     """Evaluates caches (names or presets) as the options say, and writes the table."""
     rows = evaluated(given, caches, given.budgets.split(","))
-    shown = {k: v for k, v in vars(given).items() if k not in ("out", "title") and v != parser.get_default(k)}
-    shown = {k: pathlib.Path(v).name if k == "text" else v for k, v in shown.items()}
     record(
         given.out,
         title=f"{given.title}: {given.context} tokens, {given.excerpts} excerpts of {pathlib.Path(given.text).name},"
         f" {8 * given.contexts} questions; mean over {given.seeds} seeds [lowest, highest]",
-        command=" ".join([f"python benchmarks/{script}", *(f"--{k} '{v}'" for k, v in shown.items())]),
+        command=command(parser, given, script),
         rows=[line(row) for row in rows],
     )
+
+
+def command(parser, given, script) -> str:
+    """The command line of these options, defaults left out, a text without its folder."""
+    shown = {k: v for k, v in vars(given).items() if k not in ("out", "title") and v != parser.get_default(k)}
+    shown = {k: pathlib.Path(v).name if k == "text" else v for k, v in shown.items()}
+    return " ".join([f"python benchmarks/{script}", *(f"--{k} '{v}'" for k, v in shown.items())])
+
+
+def answered(row) -> tuple[int, int]:
+    """Right answers of a row, and all, over its tasks."""
+    found = [one for answers in row["answers"].values() for one in answers]
+    return sum(found), len(found)
 
 
 def evaluated(given, caches, budgets) -> list[dict]:

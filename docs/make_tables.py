@@ -24,7 +24,11 @@ def policies() -> str:
         summary, source = preset.summary.removeprefix("keeps "), preset.source or preset.policy.source
         rungs = [(f"from {least:.0%}: ", parts) for least, parts in preset.ladder]
         rungs.append(("below: " if rungs else "", preset.parts))
-        rungs += [(f"measured models from {least:.0%}: ", parts) for least, parts in preset.calibrated if least]
+        rungs += [
+            (f"measured models from {least:.0%}: ", parts)
+            for least, parts in preset.calibrated
+            if least and (least, parts) not in preset.ladder
+        ]
         stored = "; ".join(mark + ", ".join(map(_part, parts)) for mark, parts in rungs)
         prices = dict.fromkeys(_slot_bytes(preset, part) for _, parts in rungs for part in parts)
         lines.append(f"| `{preset.name}` | {summary} | {source} | {stored} | {', '.join(map(str, prices))} |")

@@ -102,17 +102,17 @@ def _preset(name, summary, policy, parts, **more):
     return Preset(name=name, summary=summary, policy=policy, parts=parts, **more)
 
 
-# benchmarks/auto.py measures which tiers lose least at each share; keys need more bits than values. As many bits as all
-# tokens can have, down to 8 for keys; below, tokens are evicted. Where heads get what they deserve, fewer tokens at more bits
-# lose less at a quarter of the bytes, not at an eighth, where retrieval needs the tokens.
-AUTO = (
-    (1.0, one_tier("bf16")),
-    (0.57, tiers((1.0, "int8"))),
-    (0.48, tiers((0.5, "int8"), (0.5, "int8", "rotated4"))),
-    (0.4, tiers((1.0, "int8", "rotated4"))),
-    (0.1, tiers((0.3, "rotated4"), (0.7, "rotated4", "rotated3"))),
-)
-AUTO_CALIBRATED = (*AUTO[:3], (0.2, AUTO[3][1]), *AUTO[4:])
+def _auto(evicting: float):
+    """The ladder of `auto`, measured by benchmarks/auto.py: as many bits as all tokens can have, keys more than values, down to
+    8 and 4; from the share `evicting` on those stay and tokens go, below it tokens have fewer bits, down to 3 and 2."""
+    return (
+        (1.0, one_tier("bf16")),
+        (0.57, tiers((1.0, "int8"))),
+        (0.48, tiers((0.5, "int8"), (0.5, "int8", "rotated4"))),
+        (evicting, tiers((1.0, "int8", "rotated4"))),
+        (0.1, tiers((0.3, "rotated4"), (0.7, "rotated4", "rotated3"))),
+    )
+
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -154,8 +154,8 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="auto", summary="replay over quantized tiers, as many bits as the bytes allow", policy=Replay(),
-            parts=tiers((0.4, "rotated4", "rotated3"), (0.6, "rotated3", "rotated2")), ladder=AUTO,
-            calibrated=AUTO_CALIBRATED,
+            parts=tiers((0.4, "rotated4", "rotated3"), (0.6, "rotated3", "rotated2")), ladder=_auto(0.4),
+            calibrated=_auto(0.2),  # heads that get what they deserve lose less by fewer tokens than by fewer bits
         ),
     )
 }  # fmt: skip

@@ -203,16 +203,17 @@ def test_error_falls_with_bits():
 
 @every_scheme
 def test_what_is_on_the_grid_stays(name):
-    """Decoding and encoding again changes nothing more (integers, floats), or next to nothing (rotated)."""
+    """Decoding and encoding again changes nothing more; of int8, whose steps are finer than the rounding of its zero, half a
+    step of each vector's own at most; of rotated schemes next to nothing."""
     once = stored(name, normals(6, 64, H))
     twice = stored(name, once)
     if name in ROTATED:
         assert np.abs(twice - once).mean() < 0.01 * np.abs(once).mean()
+    elif name == "int8":
+        step = (once.max(-1, keepdims=True) - once.min(-1, keepdims=True)) / 255
+        assert (np.abs(twice - once) <= 0.501 * step).all()
     else:
-        bits = (INTEGERS | KIVI).get(name)
-        range_ = 0.0 if bits is None else once.max(-2 if name in KIVI else -1) - once.min(-2 if name in KIVI else -1)
-        atol = 0.0 if bits is None else 0.6 * np.max(range_) / (2**bits - 1)  # a code further would be a whole step off
-        np.testing.assert_allclose(twice, once, rtol=0, atol=atol)
+        np.testing.assert_array_equal(twice, once)
 
 
 @every_scheme

@@ -16,9 +16,7 @@ import optax
 from train.config import Optimizer, Schedule, TrainError
 
 Flat = dict[str, jax.Array]
-UNDECAYED = (
-    "*_temperature/kernel",
-)  # decay would pull temperatures (arXiv 2411.12892) back to where they select nothing
+UNDECAYED = ("*_temperature/kernel",)  # decay would pull temperatures back to where they select nothing
 
 
 def flatten(params) -> Flat:

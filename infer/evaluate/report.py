@@ -70,7 +70,7 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     if protocols:
         notes.append(
             f"questions: {', '.join(protocols)}; [95 % Wilson interval]; bytes: allocated for one sequence;"
-            " share: of a full bfloat16 cache, of which a full float32 one is 200 %"
+            " share: of a full bfloat16 cache, float32 takes twice that"
         )
     seeds = {tuple(row["seeds"]) for row in rows if len(row.get("seeds", ())) > 1}
     if seeds:

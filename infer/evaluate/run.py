@@ -124,12 +124,12 @@ def evaluate(
         after the question and the answer's prefix but for the prefix's last token; the question continues the prefilled
         context).
       progress: called with (steps done, steps, what was done).
-    Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (0 to 1), bytes (allocated
-      for one row of context plus what follows), tokens (the most that a kv head may hold), kl_mean, kl_interval (95 %, over
-      excerpts), kl_by_excerpt, kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the batch), batch,
-      accuracy (task -> share), accuracy_interval, asked (task -> number), answers (task -> whether each was right),
-      protocol, note, partial. What was not measured is None or empty. Excerpts and questions are the same ones, in the same
-      order, for every row, so rows can be compared in pairs.
+    Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (of a full bfloat16 cache), bytes
+      (allocated for one row of context plus what follows), tokens (the most that a kv head may hold), kl_mean, kl_interval
+      (95 %, over excerpts), kl_by_excerpt, kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the
+      batch), batch, accuracy (task -> share), accuracy_interval, asked (task -> number), answers (task -> whether each was
+      right), protocol, note, partial. What was not measured is None or empty. Excerpts and questions are the same ones, in
+      the same order, for every row, so rows can be compared in pairs.
     Raises: ValueError for bad arguments, before anything runs. Interrupted, where something was measured before a
       KeyboardInterrupt: with the rows so far, and of questions those that every row was asked.
     """
@@ -181,12 +181,11 @@ def evaluate(
             full = price(Full(observe=observe, balance=balance), None, lengths=lengths)
             _questions(lm, cases, task_plans, prompts, questions, lengths, full, protocol, steps, scores)
     except KeyboardInterrupt:
-        _add_accuracies(rows, scores)
+        rows = [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
         if not (found := [row | {"partial": True} for row in rows if row["accuracy"] or row["batch"]]):
             raise
         raise Interrupted(found) from None
-    _add_accuracies(rows, scores)
-    return rows
+    return [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
 
 
 def _cases(caches, budgets) -> list[_Case]:
@@ -383,10 +382,11 @@ def _most_likely(params, hidden, at, *, config):
     return decoder.logits(params, jnp.take(hidden[0], at, axis=0), config=config).argmax()
 
 
-def _add_accuracies(rows: list[dict[str, Any]], scores: list[dict[str, list[bool]]]) -> None:
-    for row, score in zip(rows, scores, strict=True):
-        for task, right in score.items():
-            row["accuracy"][task] = sum(right) / len(right)
-            row["accuracy_interval"][task] = list(metrics.wilson(sum(right), len(right)))
-            row["asked"][task] = len(right)
-            row["answers"][task] = list(right)
+def accuracies(answers: Mapping[str, Sequence[bool]]) -> dict[str, dict[str, Any]]:
+    """What a row says of its questions; answers: task -> whether each was right."""
+    return {
+        "accuracy": {task: sum(right) / len(right) for task, right in answers.items()},
+        "accuracy_interval": {task: list(metrics.wilson(sum(right), len(right))) for task, right in answers.items()},
+        "asked": {task: len(right) for task, right in answers.items()},
+        "answers": {task: list(right) for task, right in answers.items()},
+    }

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from infer.evaluate import metrics
-from infer.evaluate.run import Interrupted, Progress, evaluate
+from infer.evaluate.run import Interrupted, Progress, accuracies, evaluate
 from jaxkv.policies import Random
 from jaxkv.presets import make_preset
 
@@ -59,11 +59,5 @@ def _together(same: Sequence[dict[str, Any]], seeds: list[int]) -> dict[str, Any
     row["kl_by_excerpt"] = [value for one in same for value in one["kl_by_excerpt"]]
     row["by_seed"] = {name: values[name] for name in SPREAD if name in values}
     row["spread"] = {name: [min(found), max(found)] for name, found in row["by_seed"].items()}
-    for task in row["accuracy"]:
-        asked = [one["asked"][task] for one in same]
-        right = sum(round(one["accuracy"][task] * n) for one, n in zip(same, asked, strict=True))
-        row["asked"] |= {task: sum(asked)}
-        row["accuracy"] |= {task: right / sum(asked)}
-        row["accuracy_interval"] |= {task: list(metrics.wilson(right, sum(asked)))}
-        row["answers"] |= {task: [one for run in same for one in run["answers"][task]]}
-    return row
+    answers = {task: [one for run in same for one in run["answers"][task]] for task in row["answers"]}
+    return row | accuracies(answers)

@@ -165,7 +165,7 @@ def plan(
     if calibration is None:
         return planned
     why = "kv heads share evenly: what they deserve does not fit rows so different, or so small a budget"
-    return dataclasses.replace(planned, note="; ".join(filter(None, (planned.note, why))))
+    return dataclasses.replace(planned, note=_joined(planned.note, why))
 
 
 def _plan_for(
@@ -238,8 +238,12 @@ def _plan(preset, layout, limits, longest, note) -> Plan:
     size = state_bytes(layout.config, spec)
     return Plan(
         preset=preset, spec=spec, limits=np.stack(limits, axis=-1).astype(np.int32), bytes_per_row=size,
-        share=size / full_bytes(layout.config, longest), note="; ".join(filter(None, (note, _unused(layout.parts, limits)))),
+        share=size / full_bytes(layout.config, longest), note=_joined(note, _unused(layout.parts, limits)),
     )  # fmt: skip
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _unused(parts: tuple[Part, ...], limits) -> str:

@@ -202,11 +202,13 @@ def _refuse_distant(state: State, lasting: Array, replay: Array | None, config: 
     if not known or learned is None and countable == far:
         return
     stored = state.next_position + lasting.sum(axis=1)
-    seen = int((stored if replay is None else stored + replay.max(axis=1)).max())
-    if learned is not None and seen > learned:
-        raise ValueError(f"{seen} positions are needed; the model has learned {learned}")
-    if stored.max() > countable:
+    if int(stored.max()) > countable:
         raise ValueError(f"{stored.max()} positions are needed; tiers of this state count to {countable}; use int32")
+    if (
+        learned is not None
+        and (seen := int((stored if replay is None else stored + replay.max(axis=1)).max())) > learned
+    ):
+        raise ValueError(f"{seen} positions are needed; the model has learned {learned}")
 
 
 def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> None:

@@ -72,7 +72,7 @@ class Replay(Policy):
 
 
 def _rounded(x, steps):
-    """bfloat16 bits of x >= 0: up where the cut part is more than the threshold of this step, so right on average over many;
-    numbers of bfloat16 stay."""
+    """bfloat16 bits of x >= 0: up where the part that is cut off and this step's threshold together make a whole one, so right
+    on average over many steps; numbers of bfloat16 stay."""
     threshold = (steps.astype(jnp.uint32) * jnp.uint32(GOLDEN)) & 0xFFFF
     return ((jax.lax.bitcast_convert_type(x, jnp.uint32) + threshold) >> 16).astype(jnp.uint16)
