@@ -38,16 +38,25 @@ def test_between_the_levels():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "most", "owner"),
+    ("wanted", "least", "most", "owner"),
     [
-        ((0.2, 5.1, 2.6), 20, (0, *[1] * 5, *[2] * 3)),  # 9 is one of the sizes
-        ((1.0, 9.0, 2.0), 4, (0, *[1] * 4, 2, 2)),  # 7 after the cap; 12 would not fit
-        ((4.0, 4.0, 4.0), 5, (*[0] * 4, *[1] * 4, *[2] * 4)),  # so is 12
-        ((0.0, 0.0, 0.0), 8, (0, 1, 2)),
+        ((0.2, 5.1, 2.6), 1, 20, (0, *[1] * 5, *[2] * 3)),  # 9 is one of the sizes
+        ((0.2, 5.1, 2.6), 2, 20, (0, 0, *[1] * 5, 2, 2)),  # the same 9
+        ((1.0, 9.0, 2.0), 1, 4, (0, *[1] * 4, 2, 2)),  # 7 after the cap; 12 would not fit
+        ((4.0, 4.0, 4.0), 1, 5, (*[0] * 4, *[1] * 4, *[2] * 4)),  # so is 12
+        ((0.0, 0.0, 0.0), 1, 8, (0, 1, 2)),
+        ((0.0, 0.0, 0.0), 3, 8, (0, 0, 0, 1, 1, 1, 2, 2, 2)),
     ],
 )
-def test_rows_go_where_they_are_wanted(wanted, most, owner):
-    assert shares.divided(np.asarray(wanted), most) == owner
+def test_rows_go_where_they_are_wanted(wanted, least, most, owner):
+    assert shares.divided(np.asarray(wanted), least, most) == owner
+
+
+@pytest.mark.parametrize("cache", ["auto", "kvzip"])
+@pytest.mark.parametrize(("budget", "length"), [("128", 500), ("64", 500), ("40", 2000), ("6.25%", 2000), ("3%", 2000)])
+def test_every_head_holds_the_protected_tokens(smollm2, cache, budget, length):
+    planned = plan(read_config(smollm2), cache, budget, lengths=[length], dtype="float32")
+    assert planned.preset.policy.sinks == 4 and planned.tokens.min() >= planned.preset.policy.least_budget
 
 
 def test_auto_follows_the_model_that_was_measured(smollm2):

@@ -69,34 +69,37 @@ class _Price:
 
 
 def _alone(price: _Price, calibration: Calibration, length: int, room: float, upto: int):
-    """Places [tiers] of each block row, and per layer the head of each, of one row; None if protected tokens do not fit."""
+    """Places [tiers] of each block row, and per layer the head of each, of one row; None if protected tokens do not fit.
+
+    Where a head that deserves little would not hold the protected tokens, every head has more rows at least.
+    """
     config = price.layout.config
     heads, whole = config.num_kv_heads, length * config.num_layers * config.head_dim * 4
     level = min(1.0, upto / length, room / (whole * heads) * config.head_dim * 4 / price.per_token)
-    if level > ALMOST:
-        owners = [tuple(np.repeat(np.arange(heads), ROWS).tolist())] * config.num_layers
-    else:
-        most = math.ceil(ROWS / level)
-        owners = [divided(deserved * ROWS / level, most) for deserved in calibration.shares(level)]
-    rows = sum(map(len, owners))
-    tokens = math.ceil(min(upto, length) * config.num_layers * heads / rows / STEP) * STEP
-    if upto < length:
-        tokens = int(upto * config.num_layers * heads / rows) // STEP * STEP
-    while tokens and price.bytes(price.slots(np.asarray(split(price.parts, tokens))), rows) > room:
-        tokens -= STEP
-    fewest = min(owner.count(head) for owner in owners for head in range(heads))
-    if tokens * fewest < min(price.layout.policy.least_budget, length):
-        return None
-    return split(price.parts, tokens), owners
+    wanted = [np.full(heads, float(ROWS))] * config.num_layers
+    if level <= ALMOST:
+        wanted = [deserved * ROWS / level for deserved in calibration.shares(level)]
+    for least in range(1, ROWS + 1):
+        owners = [divided(rows, least, math.ceil(ROWS / level)) for rows in wanted]
+        rows = sum(map(len, owners))
+        tokens = math.ceil(min(upto, length) * config.num_layers * heads / rows / STEP) * STEP
+        if upto < length:
+            tokens = int(upto * config.num_layers * heads / rows) // STEP * STEP
+        while tokens and price.bytes(price.slots(np.asarray(split(price.parts, tokens))), rows) > room:
+            tokens -= STEP
+        fewest = min(owner.count(head) for owner in owners for head in range(heads))
+        if tokens * fewest >= min(price.layout.policy.least_budget, length):
+            return split(price.parts, tokens), owners
+    return None
 
 
-def divided(wanted: np.ndarray, most: int) -> tuple[int, ...]:
-    """wanted [K] rows -> the head of each row: at least one each and at most `most`, by largest remainders."""
+def divided(wanted: np.ndarray, least: int, most: int) -> tuple[int, ...]:
+    """wanted [K] rows -> the head of each row: `least` to `most` each, by largest remainders."""
     heads = len(wanted)
-    wanted = np.clip(wanted, 1, most)
+    wanted = np.clip(wanted, least, most)
     total = min(_near(wanted.sum(), heads), most * heads)
-    counts = np.ones(heads, int)
-    for _ in range(total - heads):
+    counts = np.full(heads, least)
+    for _ in range(total - least * heads):
         counts[np.argmax(np.where(counts < most, wanted / (counts + 0.5), -1.0))] += 1
     return tuple(np.repeat(np.arange(heads), counts).tolist())
 

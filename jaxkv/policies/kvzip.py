@@ -32,6 +32,7 @@ class KVzip(Policy):
     needs_replay: ClassVar[bool] = True
 
     recent: int = 32
+    sinks: int = 4
 
     def enter(self, new, row):
         return {"attention": jnp.zeros(new.keys.shape[:3], jnp.uint16)}

@@ -34,6 +34,7 @@ class Replay(Policy):
     needs_attention: ClassVar[bool] = True
 
     recent: int = 32
+    sinks: int = 4
     window: int = 256
     memory: int = 4096
     replay: bool = True
