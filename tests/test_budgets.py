@@ -19,6 +19,7 @@ from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig
 from jaxkv.decoder import init_params
 from jaxkv.policies import POLICIES, Full, Recency, make_policy
 from jaxkv.presets import PRESETS, Preset, make_preset, tiers
+from jaxkv.quantization import SCHEMES, get_scheme
 
 ROPE = RopeConfig(kind="default", theta=10000.0, rotary_dim=8)
 CONFIG = DecoderConfig(
@@ -68,7 +69,27 @@ QUICK = {("full", 1.0), ("h2o", 0.6), ("mikv", 0.6), ("auto", 0.6), ("rotated-3"
 )
 def test_bytes_are_the_compiled_programs(name, share):
     """What is reported for a row, three times, is what the program takes: its arguments without parameters and flags."""
-    planned = plan(CONFIG, name, f"{share:.0%}", lengths=LENGTHS, dtype="float32")
+    check_program(plan(CONFIG, name, f"{share:.0%}", lengths=LENGTHS, dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    "scheme", [s if s == "int3" else pytest.param(s, marks=pytest.mark.slow) for s in [*SCHEMES, "balanced-rotated2"]]
+)
+def test_bytes_of_every_scheme_are_the_compiled_programs(scheme):
+    values = "int4" if get_scheme(scheme).keys_only else scheme.removeprefix("balanced-")
+    parts = tiers((1.0, scheme, values))
+    check_program(
+        plan(
+            CONFIG,
+            Preset(name=scheme, summary="", policy=Recency(), parts=parts),
+            "60%",
+            lengths=LENGTHS,
+            dtype="float32",
+        )
+    )
+
+
+def check_program(planned):
     params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     state = new_state(CONFIG, planned, LENGTHS)
     step = jax.jit(functools.partial(decode, config=CONFIG), donate_argnums=2)

@@ -224,8 +224,17 @@ def rows():
     base = {"share": 1.0, "kl_p99": 0.0, "top1": 1.0, "protocol": PROTOCOLS[0], "batch": 4, "note": ""}
     full = base | {"cache": "full", "budget": "100%", "bytes": 2**20, "kl_mean": 0.0, "bits_per_byte": 1.0} | {
         "accuracy": {"magic": 0.5}, "accuracy_interval": {"magic": [0.2, 0.8]}, "tokens_per_second": 10.0,
+        "answers": {"magic": [True, False]}, "kl_interval": None,
     }  # fmt: skip
-    bare = {"bytes": 2**18, "kl_mean": None, "kl_p99": None, "top1": None, "bits_per_byte": None, "accuracy": {}}
+    bare = {
+        "bytes": 2**18,
+        "kl_mean": None,
+        "kl_p99": None,
+        "top1": None,
+        "bits_per_byte": None,
+        "accuracy": {},
+        "answers": {},
+    }
     return [full, full | bare | {"cache": "random", "budget": "25%", "tokens_per_second": None, "note": "raised"}]
 
 
@@ -255,6 +264,13 @@ def test_picture(tmp_path):
         report.write_picture(given, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_pictures_bars():
+    full, bare = rows()
+    assert report._kl(full) == (report.KL_FLOOR,) * 3 and report._kl(bare) is None
+    assert report._kl(full | {"kl_mean": 0.02, "kl_interval": [-0.01, 0.05]}) == (0.02, report.KL_FLOOR, 0.05)
+    assert report._right(full) == (0.5, *metrics.wilson(1, 2)) and report._right(bare) is None
 
 
 def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):

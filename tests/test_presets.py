@@ -10,6 +10,7 @@ import tolerances
 from cache_harness import MIXED, PARAMS, T, new_state, small
 
 from jaxkv.cache import compress, empty_state, extend
+from jaxkv.cache.budgets import plan
 from jaxkv.policies import H2O, POLICIES, Full, KVzip, Recency
 from jaxkv.presets import COMPUTE, PRESETS, Part, Preset, make_preset, one_tier, tiers
 from jaxkv.quantization import BALANCED, SCHEMES, get_scheme
@@ -115,13 +116,20 @@ def test_positions_too_narrow_are_refused():
 # MiKV
 
 
-@pytest.mark.parametrize(("high", "papers"), [(16, 32.5), (8.5, 23.1), (4.5, 18.1), (2.5, 15.6)])
-def test_mikvs_own_accounting(high, papers):
-    """A fifth of the tokens at `high` bits, the rest in INT2; 16-bit scale and zero per group of 64 counted, no more."""
+@pytest.mark.parametrize(
+    ("high", "papers", "ours"),
+    [("bf16", 32.5, 36.3), ("int8", 23.1, 26.5), ("int4", 18.1, 21.3), ("int2", 15.6, 18.7)],
+)
+def test_mikvs_own_accounting_and_ours(high, papers, ours):
+    """A fifth of the tokens at some bits, the rest in INT2; theirs: 16-bit scale and zero per group of 64 counted, no more."""
     bits = lambda name: get_scheme(name).bytes_per_vector(64) * 8 / 64
-    low, names = bits("int2"), {16: "bf16", 8.5: "int8", 4.5: "int4", 2.5: "int2"}
-    assert bits(names[high]) == high and low == 2.5
-    assert abs(100 * (0.2 * high + 0.8 * low) / 16 - papers) < 0.05
+    assert abs(100 * (0.2 * bits(high) + 0.8 * bits("int2")) / 16 - papers) < 0.05
+    config = dataclasses.replace(MIXED, layers=MIXED.layers[1:] * 30, head_dim=64)
+    parts = tiers((0.2, high), (0.8, "balanced-int2", "int2"), residual=0)
+    planned = plan(
+        config, Preset(name="mikv", summary="", policy=H2O(), parts=parts), 2000, lengths=[2000], dtype="float32"
+    )
+    assert abs(100 * planned.share - ours) < 0.05
 
 
 def rows(seed, scale=1.0):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from infer.evaluate import metrics
 from infer.files import replace_file
 from jaxkv.cache.budgets import format_bytes
 
@@ -96,7 +97,9 @@ def write_json(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
 def write_picture(
     rows: Sequence[Row], path: str | os.PathLike[str], *, title: str = "Quality against cache size"
 ) -> None:
-    """Draws KL (logarithmic, left) and accuracy (right, mean over tasks) against bytes, one line per cache, as PNG.
+    """Draws KL (logarithmic, left) and answers (right, all tasks together) against bytes, one line per cache, as PNG.
+
+    Bars: 95 % intervals, of the mean over excerpts and of the share of right answers (Wilson).
 
     Raises: ModuleNotFoundError without matplotlib, with what to install; OSError if the place cannot be written.
     """
@@ -113,8 +116,8 @@ def write_picture(
     for number, cache in enumerate(dict.fromkeys(row["cache"] for row in rows)):
         mine = sorted((row for row in rows if row["cache"] == cache), key=lambda row: row["bytes"])
         style = {"marker": "osD^vPX*"[number % 8], "label": cache, "color": f"C{number % 10}"}
-        _line(left, mine, lambda row: None if row["kl_mean"] is None else max(row["kl_mean"], KL_FLOOR), style)
-        _line(right, mine, _mean_accuracy, style)
+        _line(left, mine, _kl, style)
+        _line(right, mine, _right, style)
     left.set(yscale="log", ylabel="KL(full || this), nats per token", title="distance from the full cache")
     protocols = ", ".join(dict.fromkeys(row["protocol"] for row in rows))
     right.set(
@@ -134,11 +137,21 @@ def write_picture(
 
 
 def _line(axes: Any, rows: Sequence[Row], value: Any, style: dict[str, Any]) -> None:
-    points = [(row["bytes"] / 2**20, value(row)) for row in rows if value(row) is not None]
+    """value: row -> (value, low, high) or None."""
+    points = [(row["bytes"] / 2**20, *value(row)) for row in rows if value(row) is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), **style)
+        x, y, low, high = zip(*points, strict=True)
+        bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        axes.errorbar(x, y, yerr=bars, capsize=2, elinewidth=0.8, **style)
 
 
-def _mean_accuracy(row: Row) -> float | None:
-    shares = [share for share in row["accuracy"].values() if share is not None]
-    return sum(shares) / len(shares) if shares else None
+def _kl(row: Row) -> tuple[float, float, float] | None:
+    if row["kl_mean"] is None:
+        return None
+    low, high = row["kl_interval"] or (row["kl_mean"],) * 2
+    return tuple(max(kl, KL_FLOOR) for kl in (row["kl_mean"], low, high))
+
+
+def _right(row: Row) -> tuple[float, float, float] | None:
+    answers = [one for found in row["answers"].values() for one in found]
+    return (sum(answers) / len(answers), *metrics.wilson(sum(answers), len(answers))) if answers else None
