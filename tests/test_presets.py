@@ -124,7 +124,7 @@ def test_mikvs_own_accounting_and_ours(high, papers, ours):
     """A fifth of the tokens at some bits, the rest in INT2; theirs: 16-bit scale and zero per group of 64 counted, no more."""
     bits = lambda name: get_scheme(name).bytes_per_vector(64) * 8 / 64
     assert abs(100 * (0.2 * bits(high) + 0.8 * bits("int2")) / 16 - papers) < 0.05
-    config = dataclasses.replace(MIXED, layers=MIXED.layers[1:] * 30, head_dim=64)
+    config = dataclasses.replace(MIXED, layers=MIXED.layers[:1] * 30, num_heads=6, num_kv_heads=3, head_dim=64)
     parts = tiers((0.2, high), (0.8, "balanced-int2", "int2"), residual=0)
     planned = plan(
         config, Preset(name="mikv", summary="", policy=H2O(), parts=parts), 2000, lengths=[2000], dtype="float32"
