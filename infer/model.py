@@ -23,6 +23,7 @@ from jaxkv.cache.budgets import Plan, plan
 from jaxkv.checkpoints import Checkpoint, add_adapters, open_checkpoint
 from jaxkv.policies import Policy
 from jaxkv.presets import Preset, make_preset
+from pallas_kernels.decode_attention import slot_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,10 @@ class LanguageModel:
         Args: layer_weights: uneven budgets, see `jaxkv.cache.budgets.plan`. options: of the policy.
         """
         preset = make_preset(cache, **options)
-        return plan(self.config, preset, budget, lengths=lengths, dtype=self.dtype, layer_weights=layer_weights)
+        return plan(
+            self.config, preset, budget, lengths=lengths, dtype=self.dtype, layer_weights=layer_weights,
+            multiple=slot_multiple(),
+        )  # fmt: skip
 
     def generate(
         self, prompts, *, max_new_tokens: int = 128, cache="full", budget=None, layer_weights=None, policy_options=None,

@@ -25,6 +25,7 @@ from jaxkv.cache.budgets import Plan, format_bytes, slot_grid
 from jaxkv.cache.budgets import plan as plan_cache
 from jaxkv.config import DecoderConfig
 from jaxkv.sharding import DATA, TENSOR, ShardingError, param_specs, shard_config, state_specs
+from pallas_kernels.decode_attention import slot_multiple
 
 MANY = (
     4  # kinds of layers that are compiled one by one; of more, the largest per kind of attention stand for the others
@@ -105,7 +106,7 @@ def check(
         raise ValueError(
             f"a context of {context} tokens is beyond the model's window, {config.max_positions}; choose a shorter one"
         )
-    planned = plan_cache(config, cache, budget, lengths=[context] * batch, dtype=dtype)
+    planned = plan_cache(config, cache, budget, lengths=[context] * batch, dtype=dtype, multiple=slot_multiple("tpu"))
     devices = find_devices(topology)
     tensor = _most_shards(config, planned, len(devices)) if tensor is None else tensor
     if len(devices) % tensor:

@@ -196,6 +196,23 @@ def test_tiers_share_the_tokens_as_their_preset_says():
     assert planned.limits[1, :, 0].tolist() == [16, 0, 0]  # the window
 
 
+@pytest.mark.parametrize("name", ["full", "h2o", "mikv", "kivi-2", "rotated-4"])
+@pytest.mark.parametrize("budget", ["100%", "20%", "6.25%"])
+def test_slots_that_kernels_read_where_they_lie(name, budget):
+    """Tiers of more than four multiples are multiples, and what is allocated stays within the budget and is all counted."""
+    config = dataclasses.replace(CONFIG, layers=CONFIG.layers[:1] * 2, max_positions=8192)
+    if name == "full" and budget != "100%":
+        return
+    planned = plan(config, name, budget, lengths=[8000], dtype="bfloat16", multiple=128)
+    fine = plan(config, name, budget, lengths=[8000], dtype="bfloat16")
+    for tier in planned.spec[0].tiers:
+        assert tier.slots % 128 == 0 or tier.slots <= 512
+    assert any(tier.slots % 128 for tier in fine.spec[0].tiers) or budget == "100%"
+    assert tree_bytes(new_state(config, planned, [8000])) == planned.bytes_per_row
+    if budget != "100%":
+        assert 0.85 * fine.share < planned.share <= float(budget[:-1]) / 100
+
+
 @pytest.mark.parametrize("tokens, limits, slots", [
     (20, [20, 0], [24, 32]), (63, [63, 0], [64, 32]), (64, [32, 32], [64, 32]), (216, [32, 160], [64, 160]),
     (300, [32, 256], [64, 256]),

@@ -277,7 +277,7 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
             for x in (tier, entries)
         )
         below = layer.tiers[number + 1 :]
-        tier, displaced = insert(tier, entries, scores=scores, below=below)
+        tier, displaced = insert(tier, entries, scores=scores, below=below, kernels=config.kernels)
         tiers.append(tier)
         if below:
             shift = offset - context.offsets[number + 1]

@@ -141,7 +141,8 @@ def fine_grid(tokens: int) -> int:
 
 
 def plan(
-    config: DecoderConfig, cache: str | Policy | Preset, budget, *, lengths: list[int], dtype: str, layer_weights=None
+    config: DecoderConfig, cache: str | Policy | Preset, budget, *, lengths: list[int], dtype: str, layer_weights=None,
+    multiple: int = 1,
 ) -> Plan:  # fmt: skip
     """The cache of one layer after another for rows of these planned total lengths (prompt plus new tokens).
 
@@ -149,6 +150,8 @@ def plan(
       cache: a preset, its name, or a policy.
       layer_weights: None (the preset's own), or a number > 0 per layer: a layer gets budget * weight / mean(weights), at
         most the length of the row and its own window; what it cannot use is not given to others.
+      multiple: of which slots are allocated, in tiers of more than four times as many: kernels read those where they lie, see
+        `pallas_kernels.decode_attention.slot_multiple`. Tiers whose heads share out block rows are left as they are.
     Raises: ValueError for a budget that cannot hold the protected tokens, with the least that can; for `full` with less
       than everything; for weights that do not fit the model.
     """
@@ -161,7 +164,9 @@ def plan(
         found = _plan_for(config, known, asked, lengths, dtype, calibration=calibration)
         if found is not None:
             return found
-    planned = _plan_for(config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights)
+    planned = _plan_for(
+        config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights, multiple=multiple
+    )
     if calibration is None:
         return planned
     why = "kv heads share evenly: what they deserve does not fit rows so different, or so small a budget"
@@ -169,7 +174,7 @@ def plan(
 
 
 def _plan_for(
-    config, preset: Preset, asked: Budget, lengths, dtype, *, calibration=None, layer_weights=None
+    config, preset: Preset, asked: Budget, lengths, dtype, *, calibration=None, layer_weights=None, multiple=1
 ) -> Plan | None:
     """`plan` of one list of tiers. With a calibration: None where heads cannot be given what it says."""
     longest = max(lengths)
@@ -178,7 +183,8 @@ def _plan_for(
     least = preset.policy.least_budget
     least = next(n for n in itertools.count(least) if sum(split(preset.parts, n)) >= least)  # in whole groups
     layout = functools.partial(
-        _Layout, config=config, policy=preset.policy, dtype=dtype, positions="int16" if longest < 2**15 else "int32"
+        _Layout, config=config, policy=preset.policy, dtype=dtype, positions="int16" if longest < 2**15 else "int32",
+        multiple=multiple,
     )
     whole = layout(parts=one_tier(COMPUTE) if preset.exact else preset.parts, grid=slot_grid)
     cut = layout(parts=preset.parts, grid=fine_grid, weights=weights, floor=least if layer_weights is None else 0)
@@ -264,7 +270,7 @@ class _Layout:
     """How many places the tiers get in each layer, and what they cost. Arrays are [L, tiers].
 
     positions: dtype, as narrow as the longest row allows. weights: of the layers, None = each holds its whole row. floor:
-    tokens that every layer gets if it was to get any.
+    tokens that every layer gets if it was to get any. multiple: as `plan` takes it.
     """
 
     config: DecoderConfig
@@ -275,6 +281,7 @@ class _Layout:
     grid: Callable[[int], int]
     weights: list[float] | None = None
     floor: int = 0
+    multiple: int = 1
 
     def limits(self, tokens: int, length: int) -> np.ndarray:
         """Places when a layer of weight 1 keeps `tokens` of `length`."""
@@ -292,7 +299,9 @@ class _Layout:
             run = list(itertools.takewhile(lambda n: granules[n] > 1, range(number + 1, len(granules))))
             if granules[number] == 1 and run:
                 wait[:, number] = (granules[number + 1] - 1) * limits[:, run].any(axis=1)
-        return -(-np.vectorize(self.grid)(limits + wait) // granules) * granules
+        slots = np.vectorize(self.grid)(limits + wait)
+        steps = np.where(slots > 4 * self.multiple, np.lcm(granules, self.multiple), granules)
+        return -(-slots // steps) * steps
 
     def spec(self, slots: np.ndarray, rows: list[int] | None = None) -> tuple[LayerSpec, ...]:
         """The shape of these slots. rows: block rows of each layer, if heads share them out."""

@@ -14,6 +14,7 @@ displaced                   none                     the g worst                
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -22,12 +23,13 @@ import jax.numpy as jnp
 from jaxkv.cache.state import EMPTY, encode_keys, granule_of, live_slots, plain_entries, positions_of
 from jaxkv.quantization import get_scheme
 from jaxkv.types import Array, Encoded, Entries, Tier
+from pallas_kernels.slots import read_slot, write_slot
 
 SIGNALING_NAN = 0x7F800001  # arithmetic gives quiet NaNs only
 
 
 def insert(
-    tier: Tier, entries: Entries, *, scores: tuple[Array, Array], below: tuple[Tier, ...]
+    tier: Tier, entries: Entries, *, scores: tuple[Array, Array], below: tuple[Tier, ...], kernels: str | None = None
 ) -> tuple[Tier, Entries | None]:
     """Keeps the best `limit` of the live slots and the valid entries; survivors are neither moved nor encoded again.
 
@@ -35,6 +37,7 @@ def insert(
       entries: n of them, n static; a prompt is n = T, a decode step n = 1.
       scores: of the slots [B, P, S] and of the entries [B, P, n], float32, highest stay; among equals the newer stays.
       below: the tiers further down, where the displaced go; () = they are not wanted.
+      kernels: which implementation reads and writes a single slot, of `pallas_kernels.slots`; None: as the platform wants.
     Returns: the tier, and the displaced as n entries (rounded up to groups, if they go to a tier that has those), or None.
     """
     granule, group = granule_of(tier), granule_of(below[0]) if below else 1
@@ -42,7 +45,7 @@ def insert(
         entries, scores = _by_position(entries, scores, granule)
     count = entries.positions.shape[-1] // granule  # from here to `_members`, one item is one group
     if count == 1 and (granule > 1 or group == 1):
-        return _insert_one(tier, entries, scores, displace=bool(below))
+        return _insert_one(tier, entries, scores, displace=bool(below), kernels=kernels)
     if _is_pooled(tier):
         grown, displaced = insert(_whole(tier), entries, scores=scores, below=below)
         return _in_parts(grown, tier), displaced
@@ -96,17 +99,45 @@ def apart(x, parts):
     return tuple(x[:, end - part.shape[1] : end] for part, end in zip(parts, ends, strict=True))
 
 
-def _by_part(function, x, *others):
-    """function(x, *others), all [B, P, ...]; where x lies in parts, for each of them and the same block rows of the others."""
-    if not isinstance(x, tuple):
-        return function(x, *others)
-    return tuple(map(function, x, *(apart(other, x) for other in others)))
-
-
 def _rows(slot):
     """Indices of axes B and P, for those of slots [B, P]."""
     batch, heads = slot.shape
     return jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
+
+
+def _stored(tier):
+    """Codes and factors of keys and values, and at which axis the slots of each lie."""
+    of = lambda side: (tier.keys, tier.values)[side]
+    arrays = [x for side in (0, 1) for x in (of(side).codes, *of(side).factors)]
+    axes = tuple(a for side in (0, 1) for a in (_slot_axis(tier, side), *(3 for _ in of(side).factors)))
+    return arrays, axes
+
+
+def _with_stored(tier, arrays):
+    """The opposite of `_stored`: keys and values."""
+    cut = 1 + len(tier.keys.factors)
+    encoded = lambda codes, *factors: Encoded(codes=codes, factors=factors)
+    return {"keys": encoded(*arrays[:cut]), "values": encoded(*arrays[cut:])}
+
+
+def _read_stored(tier, slot, groups, kernels):
+    """`_stored` with the slots of one group, [B, P, ...]; where arrays lie in parts, put together."""
+    arrays, axes = _stored(tier)
+    read = functools.partial(read_slot, axes=axes, groups=groups, implementation=kernels)
+    if not _is_pooled(tier):
+        return read(tuple(arrays), slot)
+    found = [read(*part) for part in zip(zip(*arrays, strict=True), apart(slot, arrays[0]), strict=True)]
+    return [jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True)]
+
+
+def _write_stored(tier, new, slot, groups, kernels):
+    """`_stored` with `new`, which `_read_stored` might have read, at a slot."""
+    arrays, axes = _stored(tier)
+    write = functools.partial(write_slot, axes=axes, groups=groups, implementation=kernels)
+    if not _is_pooled(tier):
+        return write(tuple(arrays), tuple(new), slot)
+    parts = (zip(*arrays, strict=True), zip(*(apart(x, arrays[0]) for x in new), strict=True), apart(slot, arrays[0]))
+    return list(zip(*(write(*part) for part in zip(*parts, strict=True)), strict=True))
 
 
 def _items(live, scores, positions, granule):
@@ -254,55 +285,53 @@ def after(result: Array, new: Array) -> Array:
     return jnp.where(bits == SIGNALING_NAN, jnp.zeros_like(new), new)
 
 
-def _insert_one(tier, entries, scores, displace):
+def _insert_one(tier, entries, scores, displace, kernels):
     """`insert` for one entry, or one group of them: one comparison with the worst and one write, in place under jit with
     donation."""
     granule = granule_of(tier)
     slots = tier.positions.shape[-1] // granule
+    kernels = kernels if granule == 1 else None  # groups are XLA's everywhere
 
     def decide(entries):
         """The slot that each block row takes, what goes down, and what goes in."""
         slot, room = _slot_for(tier, entries, scores)
-        displaced = _displaced(tier, entries, slot, room) if displace else None
+        displaced = _displaced(tier, entries, slot, room, kernels) if displace else None
         if displace:  # a slot must be read before it is overwritten
             entries = dataclasses.replace(
                 entries, keys=after(displaced.keys, entries.keys), values=after(displaced.values, entries.values)
             )
-        return slot, displaced, (_encode(tier, 0, entries), _encode(tier, 1, entries), entries.positions, entries.slots)
+        return slot, displaced, (_encoded(tier, entries), entries.positions, entries.slots)
 
     def rest(entries):
         """Nothing enters."""
         slot, *others = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(decide, entries))
         return jnp.full_like(slot, slots), *others
 
-    slot, displaced, (keys, values, positions, kept) = jax.lax.cond(entries.valid.any(), decide, rest, entries)
+    slot, displaced, (stored, positions, kept) = jax.lax.cond(entries.valid.any(), decide, rest, entries)
 
-    def put(old, new, slot):  # slots at axis 2
+    def put(old, new):
         if granule == 1:
             return old.at[*_rows(slot), slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
         groups = old.reshape(*old.shape[:2], slots, -1, *old.shape[3:])
         return groups.at[*_rows(slot), slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
 
-    def put_minor(old, new, slot):  # slots at axis 3, or one for each group
-        if new.shape[2] == 1:
-            return old.at[*_rows(slot), :, slot].set(new[:, :, 0].astype(old.dtype), mode="drop")
-        groups, new = old.reshape(*old.shape[:3], slots, -1), jnp.swapaxes(new, 2, 3)
-        return groups.at[*_rows(slot), :, slot].set(new.astype(old.dtype), mode="drop").reshape(old.shape)
-
-    def encoded(side, old, new):
-        place = put_minor if _slot_axis(tier, side) == 3 else put
-        factors = tuple(_by_part(put_minor, o, f, slot) for o, f in zip(old.factors, new.factors, strict=True))
-        return Encoded(codes=_by_part(place, old.codes, new.codes, slot), factors=factors)
-
     grown = Tier(
-        keys=encoded(0, tier.keys, keys),
-        values=encoded(1, tier.values, values),
-        positions=put(tier.positions, positions, slot),
-        slots=jax.tree.map(lambda old, new: put(old, new, slot), tier.slots, kept),
+        **_with_stored(tier, _write_stored(tier, stored, slot, slots, kernels)),
+        positions=put(tier.positions, positions),
+        slots=jax.tree.map(put, tier.slots, kept),
         limit=tier.limit,
         scheme=tier.scheme,
     )
     return grown, displaced
+
+
+def _encoded(tier, entries):
+    """One entry, or one group, as `_stored` keeps it."""
+    arrays, axes = _stored(tier)
+    types = [jax.tree.leaves(x)[0].dtype for x in arrays]
+    new = [x for side in (0, 1) for e in [_encode(tier, side, entries)] for x in (e.codes, *e.factors)]
+    turned = (x if axis == 2 else jnp.swapaxes(x, 2, 3) for x, axis in zip(new, axes, strict=True))
+    return [x.astype(dtype) for x, dtype in zip(turned, types, strict=True)]
 
 
 def _slot_for(tier, entries, scores):
@@ -322,32 +351,22 @@ def _slot_for(tier, entries, scores):
     return jnp.where(valid & (tier.limit >= granule), slot, slots), room
 
 
-def _displaced(tier, entries, slot, room):
+def _displaced(tier, entries, slot, room, kernels):
     """What goes on: what `slot` [B, P] held, or the new if it found no slot; nothing while there is room."""
     granule = granule_of(tier)
     slots = tier.positions.shape[-1] // granule
     at = jnp.minimum(slot, slots - 1)[..., None]
 
-    def pick(x, axis, at=at):
-        """[B, P, ...] with slots at `axis` -> the same with those of one group."""
-        index = _members(at, x.shape[axis] // slots)
-        index = index.reshape(*index.shape[:2], *(-1 if i == axis else 1 for i in range(2, x.ndim)))
-        return _along(x, index, axis=axis)
-
-    def pick_of_all(x, axis):
-        found = _by_part(lambda one, at: pick(one, axis, at), x, at)
-        return jnp.concatenate(found, axis=1) if isinstance(found, tuple) else found
-
-    def encoded(side, x):
-        codes = pick_of_all(x.codes, _slot_axis(tier, side))
-        return Encoded(codes=codes, factors=tuple(pick_of_all(f, 3) for f in x.factors))
+    def pick(x):
+        """[B, P, S, ...] -> the same with the slots of one group."""
+        index = _members(at, granule)
+        return _along(x, index.reshape(*index.shape, *(1 for _ in x.shape[3:])), axis=2)
 
     one = dataclasses.replace(
         tier,
-        keys=encoded(0, tier.keys),
-        values=encoded(1, tier.values),
-        positions=pick(tier.positions, 2),
-        slots=jax.tree.map(lambda x: pick(x, 2), tier.slots),
+        **_with_stored(tier, _read_stored(tier, slot, slots, kernels)),
+        positions=pick(tier.positions),
+        slots=jax.tree.map(pick, tier.slots),
     )
     keys, values = plain_entries(one, entries.balance)
     old = (keys.astype(entries.keys.dtype), values.astype(entries.values.dtype), one.positions, one.slots)

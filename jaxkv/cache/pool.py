@@ -2,7 +2,7 @@
 
 Layers share nothing, as block rows share nothing, so L layers of P block rows are one layer of L * P: `store` runs once on
 that, where it would run L times. Codes and factors are not moved for it. They stay an array for each layer, written in
-place: `insert` reads and writes the one entry of each block row there (`_by_part`).
+place: `insert` reads and writes the one entry of each block row there (`pallas_kernels.slots`).
 
     layer 0   block rows 0 .. P0 - 1         positions, scores, limits, owners   joined, [B, P0 + P1 + ..., ...]
     layer 1   block rows P0 .. P0 + P1 - 1   codes and factors                   (of layer 0, of layer 1, ...)

@@ -5,12 +5,14 @@ out = sum over sources s of  p_s V_s,     p = softmax over the live slots of all
 
 import functools
 
+import jax
+
 from pallas_kernels.decode_attention import gpu, tpu, xla
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, call, takes_all
 
-__all__ = ["IMPLEMENTATIONS", "Packed", "Source", "decode_attention"]
+__all__ = ["IMPLEMENTATIONS", "Packed", "Source", "decode_attention", "slot_multiple"]
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.decode_attention, tpu.why_not, platform="tpu"),
@@ -20,6 +22,16 @@ IMPLEMENTATIONS = {
     ),
     "xla": Implementation(xla.decode_attention, takes_all),
 }
+
+MULTIPLES = {"tpu": 128, "gpu": 16}
+
+
+def slot_multiple(platform: str | None = None) -> int:
+    """How many slots, and multiples of it, kernels read where they lie. platform: of `jax.default_backend`; None: it.
+
+    For other numbers XLA's compiler for TPU lays a tier out anew at every step, and the GPU's kernel refuses it.
+    """
+    return MULTIPLES.get(platform or jax.default_backend(), 1)
 
 
 def decode_attention(

@@ -1,0 +1,36 @@
+"""By XLA's gather and scatter."""
+
+import jax
+import jax.numpy as jnp
+
+
+def read(arrays, slot, *, axes, groups):
+    """As `read_slot`."""
+    at = jnp.minimum(slot, groups - 1)[..., None]
+    return tuple(_read(x, at, axis, groups) for x, axis in zip(arrays, axes, strict=True))
+
+
+def _read(x, at, axis, groups):
+    size = x.shape[axis] // groups
+    if size > 1:
+        at = at * size + jax.lax.broadcasted_iota(at.dtype, (*at.shape[:2], size), 2)
+    index = jnp.expand_dims(at, 5 - axis)
+    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
+
+
+def write(arrays, new, slot, *, axes, groups):
+    """As `write_slot`."""
+    return tuple(_write(x, y, slot, axis, groups) for x, y, axis in zip(arrays, new, axes, strict=True))
+
+
+def _write(x, new, slot, axis, groups):
+    batch, heads = slot.shape
+    rows = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
+    grouped = x.shape[axis] > groups
+    if grouped:
+        x_shape, x = x.shape, x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+    else:
+        new = jnp.squeeze(new, axis)
+    where = (*rows, slot) if axis == 2 else (*rows, slice(None), slot)
+    x = x.at[where].set(new, mode="drop")
+    return x.reshape(x_shape) if grouped else x
