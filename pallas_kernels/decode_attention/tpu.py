@@ -220,9 +220,11 @@ def source_attention(source, *, scale, softcap, scores, interpret) -> Part:
         outputs.append((slots, pl.BlockSpec((1, 1, plan.rows, block), lambda b, j, p, near: (b, p, 0, j))))
     per_row = [pltpu.VMEM((heads, plan.rows, n), jnp.float32) for n in (LANES, LANES, channels)]
     vectors = [pltpu.VMEM((heads, block), jnp.float32)] * (1 + keys.vectors + values.vectors)
+    shapes = [jax.ShapeDtypeStruct((batch, heads, group, last), jnp.float32) for last, _ in outputs]
+    logits = batch * heads * group * plan.slots
     results = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        out_shape=[jax.ShapeDtypeStruct((batch, heads, group, last), jnp.float32) for last, _ in outputs],
+        out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, plan.blocks, heads),
@@ -232,6 +234,11 @@ def source_attention(source, *, scale, softcap, scores, interpret) -> Part:
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
+        cost_estimate=pl.CostEstimate(  # of a tier without empty blocks
+            flops=4 * logits * plan.channels,
+            transcendentals=logits,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *shapes)),
         ),
         interpret=interpret,
         name="decode_attention",
