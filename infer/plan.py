@@ -269,7 +269,9 @@ class Growth:
         """Bytes of one device; infinite where the budget does not allow such a cache."""
         case = self.case
         try:
-            planned = plan_cache(case.config, case.cache, case.budget, lengths=[context], dtype=case.dtype)
+            planned = plan_cache(
+                case.config, case.cache, case.budget, lengths=[context], dtype=case.dtype, multiple=slot_multiple("tpu")
+            )
         except ValueError:  # a full cache of more tokens than the budget holds
             return float("inf")
         rows = batch / case.batch

@@ -1,4 +1,4 @@
-"""Compiles cases of `quantize` and `causal_conv` for TPU without one, in a process of its own: the compiler may end it.
+"""Compiles cases of `quantize`, `causal_conv` and `slots` for TPU without one, in a process that the compiler may end.
 
 Run as a script: jobs [[program, case, topology], ...] as JSON on standard input, one JSON line each on standard output.
 """
@@ -26,6 +26,13 @@ CONVOLVE = {  # x, filters, dtype
     "without heads": ((2, 100, 640), (3, 640), "float32"),
     "RCMHA": ((4, 8, 34, 16), (3, 16), "float32"),
     "the longest filters": ((1, 2, 32, 128), (17, 128), "bfloat16"),
+}
+SLOTS = {  # B, P, slots, (channels, dtype, axis of the slots) of each array
+    "codes and factors": (8, 8, 2048, ((64, "uint8", 3), (1, "uint16", 3), (64, "uint8", 3), (1, "uint16", 3))),
+    "bfloat16 values as rows": (4, 8, 1536, ((128, "uint16", 3), (128, "uint16", 2))),
+    "float32, part of a tile": (1, 3, 1120, ((64, "float32", 3), (64, "float32", 2))),
+    "3 bits of narrow heads": (2, 2, 640, ((24, "uint8", 3), (2, "uint16", 3), (30, "uint8", 2))),
+    "few slots": (2, 8, 32, ((128, "uint16", 3), (128, "uint16", 3))),
 }
 
 
@@ -76,6 +83,23 @@ def gradients(case):
     run, arguments = causal_conv(case)
     loss = lambda *given: (run(*given)[0].astype(jnp.float32) ** 2).sum()
     return jax.grad(loss, (0, 1, 2, 3)), arguments
+
+
+def slots(case):
+    """Read, and written."""
+    import jax
+
+    from pallas_kernels.slots import read_slot, write_slot
+
+    batch, heads, count, arrays = SLOTS[case]
+    lie = lambda c, axis, n: (batch, heads, c, n) if axis == 3 else (batch, heads, n, c)
+    of = lambda n: tuple(jax.ShapeDtypeStruct(lie(c, axis, n), dtype) for c, dtype, axis in arrays)
+    options = {"axes": tuple(axis for *_, axis in arrays), "groups": count}
+
+    def run(arrays, new, slot):
+        return read_slot(arrays, slot, **options), write_slot(arrays, new, slot, **options)
+
+    return run, [of(count), of(1), jax.ShapeDtypeStruct((batch, heads), "int32")]
 
 
 def main():

@@ -1,7 +1,7 @@
-"""The TPU kernels of `quantize` and `causal_conv` through the compiler of TPU, on any machine."""
+"""The TPU kernels of `quantize`, `causal_conv` and `slots` through the compiler of TPU, on any machine."""
 
 import pytest
-from small_op_compile import CONVOLVE, QUANTIZE, TOPOLOGIES, compile_for_tpu
+from small_op_compile import CONVOLVE, QUANTIZE, SLOTS, TOPOLOGIES, compile_for_tpu
 
 from jaxkv.quantization import SCHEMES
 
@@ -12,8 +12,9 @@ ENCODED = [
     if scheme.how and shape[2] % scheme.granule == 0
 ]
 CONVOLVED = [(program, name) for name in CONVOLVE for program in ("causal_conv", "gradients")]
-EVERY = [(*job, topology) for job in [*ENCODED, *CONVOLVED] for topology in TOPOLOGIES]
-TURNS = [(*job, TOPOLOGIES[number % 3]) for number, job in enumerate([*ENCODED[::3], *CONVOLVED])]
+MOVED = [("slots", name) for name in SLOTS]
+EVERY = [(*job, topology) for job in [*ENCODED, *CONVOLVED, *MOVED] for topology in TOPOLOGIES]
+TURNS = [(*job, TOPOLOGIES[number % 3]) for number, job in enumerate([*ENCODED[::3], *CONVOLVED, *MOVED])]
 
 
 def check(python, jobs):
@@ -21,12 +22,12 @@ def check(python, jobs):
     assert list(found) == list(jobs)
     for job, result in found.items():
         assert result["error"] is None, f"{job}: {result['error']}"
-        assert result["kernels"] == {"quantize": 1, "causal_conv": 1, "gradients": 2}[job[0]], job
+        assert result["kernels"] == {"quantize": 1, "causal_conv": 1, "gradients": 2, "slots": 2}[job[0]], job
 
 
 @pytest.mark.slow
 def test_some_compile(compilers_python):
-    """Every third encoding and every convolution, each for one chip."""
+    """Every third encoding, every convolution and slot, each for one chip."""
     check(compilers_python, TURNS)
 
 

@@ -164,9 +164,7 @@ def plan(
         found = _plan_for(config, known, asked, lengths, dtype, calibration=calibration)
         if found is not None:
             return found
-    planned = _plan_for(
-        config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights, multiple=multiple
-    )
+    planned = _plan_for(config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights, multiple=multiple)
     if calibration is None:
         return planned
     why = "kv heads share evenly: what they deserve does not fit rows so different, or so small a budget"
@@ -183,7 +181,11 @@ def _plan_for(
     least = preset.policy.least_budget
     least = next(n for n in itertools.count(least) if sum(split(preset.parts, n)) >= least)  # in whole groups
     layout = functools.partial(
-        _Layout, config=config, policy=preset.policy, dtype=dtype, positions="int16" if longest < 2**15 else "int32",
+        _Layout,
+        config=config,
+        policy=preset.policy,
+        dtype=dtype,
+        positions="int16" if longest < 2**15 else "int32",
         multiple=multiple,
     )
     whole = layout(parts=one_tier(COMPUTE) if preset.exact else preset.parts, grid=slot_grid)

@@ -98,6 +98,11 @@ def _cost(arrays, axes, times):
     return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=sum(tiles) * times + sum(ones))
 
 
+def _where_they_lie(arrays, interpret):
+    """Not in fast memory, where XLA would bring an array that fits, whole, and back."""
+    return arrays if interpret else [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
+
+
 @functools.partial(jax.jit, static_argnames=("axes", "groups", "interpret"))
 def _read(arrays, slot, *, axes, groups, interpret):
     one = lambda x, axis: jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
@@ -114,7 +119,7 @@ def _read(arrays, slot, *, axes, groups, interpret):
         cost_estimate=_cost(arrays, axes, 1),
         interpret=interpret,
         name="read_slot",
-    )(slot.reshape(math.prod(slot.shape)).astype(jnp.int32), *arrays)
+    )(slot.reshape(math.prod(slot.shape)).astype(jnp.int32), *_where_they_lie(arrays, interpret))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "groups", "interpret"))
@@ -129,12 +134,12 @@ def _write(arrays, new, slot, *, axes, groups, interpret):
             in_specs=[*(_one(x, axis) for x, axis in pairs), *blocks],
             out_specs=tuple(blocks),
         ),
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays),
+        out_shape=tuple((jax.ShapeDtypeStruct if interpret else pltpu.HBM)(x.shape, x.dtype) for x in arrays),
         input_output_aliases={1 + len(arrays) + number: number for number in range(len(arrays))},
         cost_estimate=_cost(arrays, axes, 2),
         interpret=interpret,
         name="write_slot",
-    )(slot.reshape(math.prod(slot.shape)).astype(jnp.int32), *new, *arrays)
+    )(slot.reshape(math.prod(slot.shape)).astype(jnp.int32), *new, *_where_they_lie(arrays, interpret))
 
 
 read = functools.partial(_read, interpret=False)
