@@ -106,6 +106,16 @@ def test_what_may_change_when_a_run_goes_on():
     ]
 
 
+def test_a_run_from_before_a_field_was_added_goes_on():
+    stored = json.loads(to_json(RECIPE))
+    del stored["z_loss"], stored["lora"], stored["optimizer"]["b2"]
+    assert changed_fields(stored, RECIPE) == []
+    assert changed_fields(stored, override(RECIPE, ["--z_loss", "0.1"])) == ["z_loss: 0.0 -> 0.1"]
+    assert changed_fields(stored | {"gone": 3}, RECIPE) == ["gone: 3 -> None"]
+    del stored["steps"]  # it has no default
+    assert changed_fields(stored, RECIPE) == [f"steps: None -> {RECIPE.steps}"]
+
+
 def test_the_decoder_of_a_model():
     config = decoder_config(MODEL, 65)
     assert (config.vocab_size, config.num_layers, config.head_dim, config.num_kv_heads) == (65, 2, 8, 2)

@@ -102,7 +102,10 @@ def test_batches_resume_to_the_sample_and_do_not_depend_on_processes():
 def test_validation_is_the_same_every_time_and_filled_up():
     windows = Windows(corpus(np.arange(50)), sequence=8, whole=False, seed=None)
     batches = list(first_batches(windows, batch=4, count=9))
-    assert [batch["weights"].sum() for batch in batches] == [32, 8]
+    assert [batch["weights"].sum() for batch in batches] == [32, 16]  # 6 windows of the 49 tokens that have a next one
+    assert batches[1]["targets"][1, -1] == 48 and not batches[1]["weights"][2:].any()
+    assert len(Windows(corpus(np.arange(49)), sequence=8, whole=False, seed=None)) == 6
+    assert len(Windows(corpus(np.arange(48)), sequence=8, whole=False, seed=None)) == 5  # the last token has no target
 
 
 @pytest.mark.parametrize("spec", ["bytes", "characters", "bpe:280"])

@@ -25,6 +25,9 @@ MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
     [
         ("layers_0/attention/qkv/kernel", (8, 24), ("fsdp", "tensor")),
         ("layers_11/mlp/down/kernel", (16, 8), ("tensor", "fsdp")),
+        ("layers_11/mlp/up/kernel", (8, 16), ("fsdp", "tensor")),
+        ("layers_11/mlp/up/bias", (16,), ("tensor",)),
+        ("positions/embedding", (64, 8), (None, "fsdp")),
         ("head/kernel", (8, 64), ("fsdp", "tensor")),
         ("head/kernel", (8, 65), ("fsdp", None)),  # 65 tokens are not cut in two
         ("embedder/embedding", (64, 8), ("tensor", "fsdp")),

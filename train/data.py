@@ -229,7 +229,7 @@ class Windows:
             )
         self._corpus, self._sequence, self._seed = corpus, sequence, seed
         self._packed = _pack(corpus, sequence) if whole else None
-        self._count = len(self._packed) if whole else max(1, (count - sequence) // sequence)
+        self._count = len(self._packed) if whole else max(1, (count - (1 if seed is None else sequence)) // sequence)
         self._shifts = min(sequence, count - self._count * sequence)
 
     def __len__(self):

@@ -88,18 +88,30 @@ def to_json(recipe: Recipe) -> str:
 
 
 def changed_fields(stored: dict, recipe: Recipe) -> list[str]:
-    """Fields that decide the parameters and differ from those of a stored recipe, each 'name: stored -> now'."""
+    """Fields that decide the parameters and differ from those of a stored recipe, each 'name: stored -> now'.
+
+    A field that the stored recipe lacks is younger than the run: it stands for its default, which changes nothing.
+    """
     now, found = json.loads(to_json(recipe)), []
     free = {*FREE, *(f"compute.{name}" for name in FREE_IN_COMPUTE)}
 
-    def compare(old, new, path):
+    def compare(old, new, level, path):
         if path in free:
             return
         if isinstance(old, dict) and isinstance(new, dict):
+            defaults = {field.name: field.default for field in dataclasses.fields(level)}
             for name in dict.fromkeys([*old, *new]):
-                compare(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+                below = f"{path}.{name}" if path else name
+                compare(old.get(name, _plain(defaults.get(name))), new.get(name), getattr(level, name, None), below)
         elif old != new:
             found.append(f"{path}: {old!r} -> {new!r}")
 
-    compare(stored, now, "")
+    compare(stored, now, recipe, "")
     return found
+
+
+def _plain(default):
+    """A field's default as JSON has it; None where it has none."""
+    if dataclasses.is_dataclass(default):
+        default = dataclasses.asdict(default)
+    return None if default is dataclasses.MISSING else json.loads(json.dumps(default))

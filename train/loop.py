@@ -140,12 +140,16 @@ def _start(prepared: Prepared, checkpoints: Checkpoints):
 
 def _report(prepared: Prepared, start: int, quiet: bool) -> Report:
     recipe, shapes = prepared.recipe, prepared.shapes
-    everything = shapes.trained | shapes.frozen
-    matrices = sum(x.size for path, x in everything.items() if x.ndim == 2 and not path.startswith("embedder"))
+    matrices = lambda shapes: sum(
+        x.size for path, x in shapes.items() if x.ndim == 2 and not path.startswith("embedder")
+    )
     tokens = recipe.batch * recipe.sequence
     return Report(
         recipe.out, steps=recipe.steps, start=start, quiet=quiet, tensorboard=recipe.logging.tensorboard,
-        flops=step_flops(prepared.config, parameters=matrices, tokens=tokens, sequence=recipe.sequence),
+        flops=step_flops(
+            prepared.config, trained=matrices(shapes.trained), frozen=matrices(shapes.frozen), tokens=tokens,
+            sequence=recipe.sequence,
+        ),
         peak=peak_flops(prepared.mesh.devices.flatten()),
     )  # fmt: skip
 

@@ -17,14 +17,15 @@ PEAK = {  # of one device, FLOP/s in bfloat16, dense: the makers' data sheets
 }  # fmt: skip
 
 
-def step_flops(config: DecoderConfig, *, parameters: int, tokens: int, sequence: int) -> float:
+def step_flops(config: DecoderConfig, *, trained: int, frozen: int, tokens: int, sequence: int) -> float:
     """FLOPs of the products of one step, forward and backward, nothing computed twice (PaLM, arXiv 2204.02311, B).
 
-    parameters: of matrices that tokens are multiplied by; half of a causal square counts.
+    trained, frozen: parameters of matrices that tokens are multiplied by; frozen ones get no gradient, but hand one on. Half of
+    a causal square counts.
     """
     width = config.num_heads * config.head_dim
     seen = sum(min(sequence, layer.window or sequence) for layer in config.layers)
-    return tokens * (6.0 * parameters + 6.0 * width * seen)
+    return tokens * (6.0 * trained + 4.0 * frozen + 6.0 * width * seen)
 
 
 def peak_flops(devices) -> float | None:

@@ -22,15 +22,18 @@ from train.optimizer import matches
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what the rows of a batch are cut over
 
-MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "rank": None}
+MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "rank": None, "positions": None}
 LOGICAL = (  # the first pattern that a path matches; a path that matches none is whole on every device
     ("*/qkv/kernel", ("embed", "heads")),
     ("*/qkv/bias", ("heads",)),
     ("*/attention/output/kernel", ("heads", "embed")),
     ("*/gate_up/kernel", ("embed", "mlp")),
     ("*/gate_up/bias", ("mlp",)),
+    ("*/up/kernel", ("embed", "mlp")),
+    ("*/up/bias", ("mlp",)),
     ("*/down/kernel", ("mlp", "embed")),
     ("embedder/embedding", ("vocab", "embed")),
+    ("positions/embedding", ("positions", "embed")),
     ("head/kernel", ("embed", "vocab")),
     ("*.lora_a", ("embed", "rank")),
     ("*.lora_b", ("rank", "embed")),
