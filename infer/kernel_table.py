@@ -22,6 +22,7 @@ from pallas_kernels.dispatch import chosen
 from pallas_kernels.extend_attention import TierSource, extend_attention
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.quantize import quantize
+from pallas_kernels.slots import read_slot
 
 PLATFORMS = ("cpu", "tpu", "gpu")
 SLOTS, TOKENS = 1024, 512  # of the cases
@@ -180,6 +181,13 @@ def _column_sums(config, dtype, scheme, ask):
     )  # fmt: skip
 
 
+def _slots(config, dtype, scheme, ask):
+    tier = _tier(config, scheme)
+    arrays = (tier.keys.codes, *tier.keys.factors)
+    slot = jnp.zeros(tier.limit.shape, jnp.int32)
+    read_slot(arrays, slot, axes=(3,) * len(arrays), groups=SLOTS // scheme.granule, implementation=ask)
+
+
 CASES = {  # operation: a call of it on shapes of a model
     "decode_attention": _decode,
     "extend_attention": _extend,
@@ -187,6 +195,7 @@ CASES = {  # operation: a call of it on shapes of a model
     "flash_attention": _flash,
     "column_sums": _column_sums,
     "causal_conv": _causal_conv,
+    "slots": _slots,
 }
 DIFFERENTIATED = ("flash_attention", "causal_conv")  # their backward pass is asked too
 WITHOUT_SCHEME = (*DIFFERENTIATED, "column_sums")  # these know no scheme

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.slots import READERS, read_slot, reference, write_slot
+from pallas_kernels.slots import IMPLEMENTATIONS, read_slot, reference, write_slot
 
 CASES = {  # B, P, slots, (channels, dtype, axis of the slots) of each array, groups
     "codes and factors": (2, 3, 256, ((32, "uint8", 3), (1, "uint16", 3), (64, "uint8", 2), (1, "uint16", 3)), 256),
@@ -76,5 +76,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"got \(2, 2, 8, 64\), slots at axis 3, and slot \(2, 1\)"):
         read_slot(arrays, slot[:, :1], **options)
     assert (
-        READERS["tpu"].why_not((jnp.zeros((1, 1, 2, 2), jnp.int8),), slot, axes=(3,), groups=2).startswith("it moves")
+        IMPLEMENTATIONS["tpu"]
+        .why_not((jnp.zeros((1, 1, 2, 2), jnp.int8),), None, slot, axes=(3,), groups=2)
+        .startswith("it moves")
     )

@@ -15,20 +15,14 @@ import jax
 from pallas_kernels.dispatch import Implementation, call, takes_all
 from pallas_kernels.slots import tpu, xla
 
-__all__ = ["READERS", "WRITERS", "read_slot", "write_slot"]
+__all__ = ["IMPLEMENTATIONS", "read_slot", "write_slot"]
 
-
-def _table(kernel, interpreted, plain):
-    return {
-        "tpu": Implementation(kernel, tpu.why_not, platform="tpu"),
-        "interpret": Implementation(interpreted, tpu.why_not, by_name_only=True),
-        "gpu": Implementation(plain, takes_all, platform="cuda"),  # in place there, by XLA
-        "xla": Implementation(plain, takes_all),
-    }
-
-
-READERS = _table(tpu.read, tpu.interpreted_read, xla.read)
-WRITERS = _table(tpu.write, tpu.interpreted_write, xla.write)
+IMPLEMENTATIONS = {
+    "tpu": Implementation(tpu.run, tpu.why_not, platform="tpu"),
+    "interpret": Implementation(tpu.interpreted, tpu.why_not, by_name_only=True),
+    "gpu": Implementation(xla.run, takes_all, platform="cuda", by_name_only=True),  # in place there, as it is
+    "xla": Implementation(xla.run, takes_all),
+}
 
 
 def read_slot(
@@ -45,7 +39,7 @@ def read_slot(
     Raises: ValueError for arrays that have no such groups.
     """
     _check(arrays, slot, axes, groups)
-    return call("read_slot", READERS, implementation, arrays, slot, axes=axes, groups=groups)
+    return call("slots", IMPLEMENTATIONS, implementation, arrays, None, slot, axes=axes, groups=groups)
 
 
 def write_slot(
@@ -67,7 +61,7 @@ def write_slot(
         wanted = (*x.shape[:axis], x.shape[axis] // groups, *x.shape[axis + 1 :])
         if (y.shape, y.dtype) != (wanted, x.dtype):
             raise ValueError(f"new must be {wanted} {x.dtype.name}, got {y.shape} {y.dtype.name}")
-    return call("write_slot", WRITERS, implementation, arrays, new, slot, axes=axes, groups=groups)
+    return call("slots", IMPLEMENTATIONS, implementation, arrays, new, slot, axes=axes, groups=groups)
 
 
 def _check(arrays, slot, axes, groups):

@@ -19,7 +19,7 @@ ROWS = 32  # of a tile of bytes; wider dtypes have fewer, which divide it
 DTYPES = ("uint8", "uint16", "float32")
 
 
-def why_not(arrays, *rest, axes, groups) -> str | None:
+def why_not(arrays, new, slot, *, axes, groups) -> str | None:
     """Why the kernels do not take this case."""
     for x, axis in zip(arrays, axes, strict=True):
         if x.shape[axis] != groups:
@@ -103,8 +103,8 @@ def _where_they_lie(arrays, interpret):
     return arrays if interpret else [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "groups", "interpret"))
-def _read(arrays, slot, *, axes, groups, interpret):
+@functools.partial(jax.jit, static_argnames=("axes", "interpret"))
+def _read(arrays, slot, *, axes, interpret):
     one = lambda x, axis: jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
     pairs = list(zip(arrays, axes, strict=True))
     return pl.pallas_call(
@@ -122,8 +122,8 @@ def _read(arrays, slot, *, axes, groups, interpret):
     )(slot.reshape(math.prod(slot.shape)).astype(jnp.int32), *_where_they_lie(arrays, interpret))
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "groups", "interpret"))
-def _write(arrays, new, slot, *, axes, groups, interpret):
+@functools.partial(jax.jit, static_argnames=("axes", "interpret"))
+def _write(arrays, new, slot, *, axes, interpret):
     pairs = list(zip(arrays, axes, strict=True))
     blocks = [_block(x, axis) for x, axis in pairs]
     return pl.pallas_call(
@@ -142,7 +142,11 @@ def _write(arrays, new, slot, *, axes, groups, interpret):
     )(slot.reshape(math.prod(slot.shape)).astype(jnp.int32), *new, *_where_they_lie(arrays, interpret))
 
 
-read = functools.partial(_read, interpret=False)
-interpreted_read = functools.partial(_read, interpret=True)
-write = functools.partial(_write, interpret=False)
-interpreted_write = functools.partial(_write, interpret=True)
+def run(arrays, new, slot, *, axes, groups, interpret=False):
+    """`write_slot`, or `read_slot` where there is nothing new."""
+    if new is None:
+        return _read(arrays, slot, axes=axes, interpret=interpret)
+    return _write(arrays, new, slot, axes=axes, interpret=interpret)
+
+
+interpreted = functools.partial(run, interpret=True)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def read(arrays, slot, *, axes, groups):
-    """As `read_slot`."""
+def run(arrays, new, slot, *, axes, groups):
+    """`write_slot`, or `read_slot` where there is nothing new."""
+    if new is not None:
+        return tuple(_write(x, y, slot, axis, groups) for x, y, axis in zip(arrays, new, axes, strict=True))
     at = jnp.minimum(slot, groups - 1)[..., None]
     return tuple(_read(x, at, axis, groups) for x, axis in zip(arrays, axes, strict=True))
 
@@ -16,11 +18,6 @@ def _read(x, at, axis, groups):
         at = at * size + jax.lax.broadcasted_iota(at.dtype, (*at.shape[:2], size), 2)
     index = jnp.expand_dims(at, 5 - axis)
     return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
-
-
-def write(arrays, new, slot, *, axes, groups):
-    """As `write_slot`."""
-    return tuple(_write(x, y, slot, axis, groups) for x, y, axis in zip(arrays, new, axes, strict=True))
 
 
 def _write(x, new, slot, axis, groups):
