@@ -41,23 +41,41 @@ class Completion:
     stats: dict[str, Any]
 
 
+KERNELS = ("xla", "tpu", "interpret")
+
+
 def load(
     source: str | os.PathLike, *, dtype: str = "float32", revision=None, token=None, offline=False, progress=None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike | None = None, kernels: str | None = None,
 ):  # fmt: skip
     """Loads a model: a name ("smollm2"), a directory, a .gguf file or a Hugging Face id.
 
     Args: dtype of parameters, computation and cache: "float32" or "bfloat16". revision, token, offline: for an id. adapter: a
-      folder of LoRA adapters as PEFT or `train` write them, added to the parameters.
-    Raises: jaxkv.checkpoints.CheckpointError, with what was given and what is accepted.
+      folder of LoRA adapters as PEFT or `train` write them, added to the parameters. kernels: what reads and writes the cache,
+      "xla", "tpu" or "interpret" (the TPU's kernels as ordinary operations, slow); None: as the platform chooses.
+    Raises: jaxkv.checkpoints.CheckpointError, ValueError: what was given, and what is accepted.
     """
+    check_kernels(kernels)
     checkpoint = open_checkpoint(
         source, dtype=dtype, revision=revision, token=token, offline=offline, progress=progress
     )
     if adapter is not None:
         added = add_adapters(adapter, checkpoint.config, checkpoint.params)
         checkpoint = dataclasses.replace(checkpoint, params=added)
-    return LanguageModel(checkpoint, dtype=dtype)
+    config = dataclasses.replace(checkpoint.config, kernels=kernels)
+    return LanguageModel(dataclasses.replace(checkpoint, config=config), dtype=dtype)
+
+
+def check_kernels(kernels: str | None) -> None:
+    """Raises: ValueError for what not all operations on the cache have, and for kernels of another platform."""
+    if kernels is not None and kernels not in KERNELS:
+        raise ValueError(
+            f"kernels {kernels!r} are not known; accepted: {', '.join(KERNELS)}, or none: as the platform chooses"
+        )
+    if kernels == "tpu" and jax.default_backend() != "tpu":
+        raise ValueError(
+            f"kernels 'tpu' need a TPU, and JAX runs on {jax.default_backend()} here; 'interpret' runs the same code anywhere"
+        )
 
 
 class LanguageModel:

@@ -10,6 +10,7 @@ import pytest
 import tolerances
 from cache_harness import WHOLE, tiny
 
+import infer
 from infer.clock import MAKING, Clock
 from infer.generate import times
 from infer.model import LanguageModel
@@ -52,6 +53,27 @@ def test_one_sampling_per_prompt(lm):
     assert together[0].token_ids != together[2].token_ids
     with pytest.raises(ValueError, match="one per prompt: 3, got 2"):
         lm.generate([PROMPT] * 3, sampling=ways[:2])
+
+
+@pytest.mark.parametrize(
+    ("cache", "budget"), [("full", None), ("h2o", 24), pytest.param("rotated-3", 48, marks=pytest.mark.slow)]
+)
+def test_generation_by_the_kernels(lm, cache, budget):
+    """The TPU's kernels, interpreted, read the prompt and every token, and what they write is read again."""
+    by_kernels = model(kernels="interpret")
+    ways = [
+        one.generate([PROMPT], max_new_tokens=10, cache=cache, budget=budget, logprobs=True)[0]
+        for one in (lm, by_kernels)
+    ]
+    assert ways[0].token_ids == ways[1].token_ids
+    np.testing.assert_allclose(ways[0].logprobs, ways[1].logprobs, rtol=0, atol=tolerances.LOGITS)
+
+
+def test_kernels_of_another_platform():
+    with pytest.raises(ValueError, match="kernels 'tpu' need a TPU, and JAX runs on cpu here; 'interpret' runs"):
+        infer.load("smollm2", kernels="tpu")
+    with pytest.raises(ValueError, match="kernels 'cuda' are not known; accepted: xla, tpu, interpret"):
+        infer.load("smollm2", kernels="cuda")
 
 
 def test_logprobs_are_those_of_the_plain_forward(lm):

@@ -2,7 +2,7 @@
 
 import sys
 
-from infer.commands.options import adapter_option, check_early, generation_options, load, sampling
+from infer.commands.options import check_early, generation_options, load, running_options, sampling
 from infer.console import Bar, Refused, note, read_text, refuse, whole
 
 
@@ -10,7 +10,7 @@ def add_options(sub):
     """Declares the options."""
     sub.add_argument("--document", help="a text file to read before the first question")
     sub.add_argument("--max-tokens", type=whole(1), help="planned length of it all; default: the model's window")
-    adapter_option(sub)
+    running_options(sub)
     generation_options(sub)
 
 

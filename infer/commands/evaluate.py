@@ -3,7 +3,7 @@
 import importlib.util
 import pathlib
 
-from infer.commands.options import adapter_option, load
+from infer.commands.options import load, running_options
 from infer.console import Bar, Refused, note, read_text, whole, writable
 
 
@@ -11,7 +11,7 @@ def add_options(sub):
     """Declares the options."""
     from infer.texts import TEXTS
 
-    adapter_option(sub)
+    running_options(sub)
     sub.add_argument("--text", required=True, help=f"a UTF-8 file or one of {', '.join(TEXTS)}; also fills the tasks")
     sub.add_argument("--caches", default="full,scissorhands,h2o,recency,random", help="caches, with commas")
     sub.add_argument("--budgets", default="100%,50%,25%,12.5%", help="budgets, with commas")

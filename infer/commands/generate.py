@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 
-from infer.commands.options import adapter_option, check_early, generation_options, load, options
+from infer.commands.options import check_early, generation_options, load, options, running_options
 from infer.console import Bar, Refused, check_utf8, note, read_text, to_json, whole, writable, write
 
 
@@ -20,7 +20,7 @@ def add_options(sub):
     sub.add_argument("--samples", type=whole(1), default=1, help="completions per prompt")
     sub.add_argument("--logprobs", action="store_true", help="with --json or --jsonl: log probabilities of the tokens")
     sub.add_argument("--output", help="write to this file instead of standard output")
-    adapter_option(sub)
+    running_options(sub)
     generation_options(sub)
 
 

@@ -3,9 +3,12 @@
 from infer.console import Bar, Refused, check_utf8, keep_compiled, note, whole
 
 
-def adapter_option(sub):
+def running_options(sub):
     """Of subcommands that run a model."""
     sub.add_argument("--adapter", help="folder of LoRA adapters to add to the model")
+    sub.add_argument(
+        "--kernels", help="what reads the cache: xla, tpu or interpret; not given: as the platform chooses"
+    )
 
 
 def generation_options(sub):
@@ -35,6 +38,7 @@ def load(arguments, *, text: bool = True):
         lm = infer.load(
             arguments.model, dtype=arguments.dtype, revision=arguments.revision, token=arguments.token,
             offline=arguments.offline, progress=bar, adapter=arguments.adapter,
+            kernels=arguments.kernels,
         )  # fmt: skip
     if text and lm.tokenizer is None:
         raise Refused(f"{arguments.model} has no tokenizer.json; without one only --jsonl with token ids works")
