@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import decoder
+from jaxkv.cache.attend import by_group, relative_by_group
 from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.rope import angles, make_rotary
-from jaxkv.types import Array
-from pallas_kernels.extend_attention import extend_attention
+from jaxkv.types import Array, Place, Projected
+from pallas_kernels.flash_attention import flash_attention
 
 REMAT = ("none", "block", "dots")
 
@@ -41,18 +42,23 @@ def causal_forward(
       prepare: (parameters of a block, or of one of those around the blocks) -> those that are used. It is called where they
         are used, so that what it makes of them (another dtype, adapters added) exists for a block at a time.
     Returns: [B, T, D].
-    Raises: ValueError for an unknown remat.
+    Raises: ValueError for an unknown remat; for sequences longer than a table of positions or distances that was learned.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is not known; accepted: {', '.join(REMAT)}")
+    if config.most_positions is not None and tokens.shape[1] > config.most_positions:
+        raise ValueError(
+            f"sequences of {tokens.shape[1]} tokens: the model has learned {config.most_positions} positions; shorten them"
+        )
     outer = {name: prepare(params[name]) for name in ("embedder", "positions", "head", "final_norm") if name in params}
     x = decoder.embed(outer, tokens, config=config, positions=positions)
     lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
     turned = {rope: angles(make_rotary(rope, lengths), positions) for rope in config.ropes}
 
     def block(params, x, turned, kind):
-        attend = functools.partial(_attend, positions=positions, segments=segments, config=config, kind=kind)
-        return decoder.Block(config).apply({"params": prepare(params)}, x, positions, turned, (turned,), attend)[0]
+        attend = functools.partial(_attend, segments=segments, config=config, kind=kind)
+        place = Place(positions, turned, (turned,), segments=segments)
+        return decoder.Block(config).apply({"params": prepare(params)}, x, place, attend)[0]
 
     policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     run = jax.jit(block, static_argnames=("kind",))  # so that all layers of a kind are traced once
@@ -63,14 +69,16 @@ def causal_forward(
     return decoder.final_norm(outer, x, config=config)
 
 
-def _attend(queries, keys, values, *, positions, segments, config: DecoderConfig, kind: LayerConfig):
-    """queries: one [B, T, N, H]; keys, values [B, T, K, H]. Returns: heads [B, T, N, H], and nothing to store."""
-    batch, length, heads, size = keys.shape
-    grouped = jnp.moveaxis(queries[0].reshape(batch, length, heads, -1, size), 1, 3)  # [B, K, G, T, H]
-    out, _ = extend_attention(
-        grouped, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), (),
-        positions=positions, valid=jnp.ones((batch, length), bool), segments=segments, causal=True, window=kind.window,
-        scale=config.query_scale, softcap=config.attention_softcap, row_statistic=None, merge=None,
-        implementation="xla",  # the one that can be differentiated
+def _attend(projected: Projected, *, segments, config: DecoderConfig, kind: LayerConfig):
+    """Within a text, tokens stand as far apart as their indices say. Returns: heads [B, T, N, H], and nothing to store."""
+    batch, length, heads, size = projected.keys.shape
+    grouped = by_group(projected.queries[0], heads)  # [B, K, G, T, H]
+    keys, values = jnp.swapaxes(projected.keys, 1, 2), jnp.swapaxes(projected.values, 1, 2)
+    relative = relative_by_group(projected.relative, heads)
+    if relative is not None:  # the distances that can be seen
+        relative = relative[0], relative[1][:, :, : min(length, kind.window or length)]
+    out, _ = flash_attention(
+        grouped, keys, values, query_segments=segments, key_segments=segments, causal=True, window=kind.window,
+        scale=config.query_scale, softcap=config.attention_softcap, relative=relative,
     )  # fmt: skip
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, -1, size), None

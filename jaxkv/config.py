@@ -11,6 +11,9 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu_squared")
 SSA_TERMS = ("none", "token", "position", "token+position")
 SSA_FEATURES = ("shared", "linear", "mlp")
 SSA_GATES = ("sigmoid", "exp-exp")
+RCMHA_RELATIVE = ("learned", "sinusoidal", "none")
+RCMHA_CONVOLUTIONS = ("shared", "heads", "none")
+RCMHA_CONTEXTS = ("memory", "segment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,48 @@ class SsaConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RcmhaConfig:
+    """Relative convolutional attention (arXiv 2308.03429), and what it is compared with: without convolution RMHA, without
+    the relative term Primer's MDHA.
+
+    relative: the term of the logits that goes by distance: "learned", a table per head of vectors, which meet the query, and
+      of numbers (the released code); "sinusoidal", Transformer-XL's; or "none".
+    distances: length of its table: a query sees keys at distances 0 to distances - 1.
+    convolution: over the time of queries, keys and values, "shared" by the heads or with filters for each of the "heads"
+      (Primer); or "none". width: tokens that it spans.
+    query_context: where the queries' convolution begins: "memory", with the row, as for keys and values; "segment", with each
+      read (the released code), so that results depend on how the tokens arrive.
+    """
+
+    relative: str = "learned"
+    distances: int | None = None
+    convolution: str = "shared"
+    width: int = 3
+    query_context: str = "memory"
+
+    def __post_init__(self):
+        accepted = {
+            "relative": RCMHA_RELATIVE, "convolution": RCMHA_CONVOLUTIONS, "query_context": RCMHA_CONTEXTS,
+        }  # fmt: skip
+        for name, values in accepted.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"rcmha {name} {getattr(self, name)!r} is not supported; supported: {', '.join(values)}"
+                )
+        if self.relative == self.convolution == "none":
+            raise ValueError('rcmha without a convolution and a relative term is plain attention; use attention="gqa"')
+        if (self.relative == "none") != (self.distances is None):
+            raise ValueError(
+                f"rcmha distances is the length of a relative table, and goes with one; got {self.distances} with relative"
+                f" {self.relative!r}"
+            )
+        if self.distances is not None and self.distances < 1:
+            raise ValueError(f"rcmha distances must be at least 1, got {self.distances}")
+        if self.width < 2:
+            raise ValueError(f"rcmha width must be at least 2 tokens, got {self.width}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """One decoder-only transformer: Llama, Mistral, Qwen, Gemma, Phi and their kin by these switches.
 
@@ -129,7 +174,7 @@ class DecoderConfig:
     sandwich_norms: Gemma's norms after attention and after the MLP, beside those before.
     mlp_gate: the MLP is down(activation(gate x) * up x); without a gate, down(activation(up x)).
     learned_positions: length of a table of positions, which is added to the embeddings; None = no table.
-    attention: a row of the table of attention variants (`jaxkv.attention`). ssa: what the variant "ssa" needs.
+    attention: a row of the table of attention variants (`jaxkv.attention`). ssa, rcmha: what the variants of these names need.
     kernels: which implementation of the attention operations reads the cache, by name ("xla", "tpu", "interpret"; those of
       `pallas_kernels.decode_attention.IMPLEMENTATIONS`); None lets the platform choose. No property of the model: files of
       checkpoints neither hold nor set it.
@@ -162,6 +207,7 @@ class DecoderConfig:
     learned_positions: int | None = None
     attention: str = "gqa"
     ssa: SsaConfig | None = None
+    rcmha: RcmhaConfig | None = None
     kernels: str | None = dataclasses.field(default=None, repr=False)
     tensor_axis: str | None = dataclasses.field(default=None, repr=False)
 
@@ -181,6 +227,19 @@ class DecoderConfig:
             )
         if (self.attention == "ssa") != (self.ssa is not None):
             raise ValueError(f'attention="ssa" and an SsaConfig go together; got {self.attention!r} and ssa={self.ssa}')
+        if (self.attention == "rcmha") != (self.rcmha is not None):
+            raise ValueError(
+                f'attention="rcmha" and an RcmhaConfig go together; got {self.attention!r} and rcmha={self.rcmha}'
+            )
+        if self.rcmha is not None and self.rcmha.relative == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"sinusoidal distances need an even hidden_size, got {self.hidden_size}")
+        if self.rcmha is not None and self.rcmha.distances is not None:
+            far = max(min(self.max_positions, layer.window or self.max_positions) for layer in self.layers)
+            if self.rcmha.distances < far:
+                raise ValueError(
+                    f"a relative table of {self.rcmha.distances} distances does not reach over the {far} tokens that a query"
+                    " may see; lower max_positions, or give all layers a window"
+                )
         for layer in self.layers:
             if layer.rope.rotary_dim > self.head_dim:
                 raise ValueError(f"rotary_dim {layer.rope.rotary_dim} exceeds head_dim {self.head_dim}")
@@ -188,6 +247,22 @@ class DecoderConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def most_positions(self) -> int | None:
+        """Positions that the parameters know, whatever the window of the model: beyond, nothing is defined; None = any."""
+        known = [self.learned_positions]
+        if self.rcmha is not None and any(layer.window is None for layer in self.layers):
+            known.append(self.rcmha.distances)
+        return min((n for n in known if n is not None), default=None)
+
+    @property
+    def taps(self) -> tuple[int, int] | None:
+        """(tokens, channels) of each layer's bare projections that a row carries on, for a convolution over time."""
+        if self.rcmha is None or self.rcmha.convolution == "none":
+            return None
+        queries = self.num_heads if self.rcmha.query_context == "memory" else 0
+        return self.rcmha.width - 1, (queries + 2 * self.num_kv_heads) * self.head_dim
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

@@ -1,7 +1,7 @@
 """The whole model on one page: embedder, block, decoder.
 
-Modules own parameters only. The cache comes in as `attend`, a function of the projected queries, keys and values, so a
-block neither knows nor cares what is remembered of the past:
+Modules own parameters only. The cache comes in as `attend`, a function of what attention has projected, so a block neither
+knows nor cares what is remembered of the past:
 
     x ─ norm ─ project ─ attend ─ output ─(norm)─ + ─ norm ─ gate·up ─ down ─(norm)─ + ─>
 """
@@ -16,7 +16,7 @@ from jaxkv.attention import ATTENTION
 from jaxkv.config import DecoderConfig
 from jaxkv.layers import Linear, RMSNorm, linear, rms_norm
 from jaxkv.sharding import gather_shards, lookup, sum_shards
-from jaxkv.types import Array
+from jaxkv.types import Array, Place
 
 ACTIVATION = {
     "silu": jax.nn.silu,
@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. `attend(queries, keys, values) -> (heads, aux)`: attention over what the cache holds and these keys."""
+    """One layer. `attend(projected) -> (heads, aux)`: attention over what the cache holds and these keys."""
 
     config: DecoderConfig
 
@@ -57,14 +57,13 @@ class Block(nn.Module):
         self.attention = ATTENTION[c.attention](c)
         self.mlp = MLP(c)
 
-    def __call__(self, x: Array, positions: Array, key_angles, query_angles, attend):
-        x, aux = self.mix_tokens(x, positions, key_angles, query_angles, attend)
+    def __call__(self, x: Array, place: Place, attend):
+        x, aux = self.mix_tokens(x, place, attend)
         return self.feed_forward(x), aux
 
-    def mix_tokens(self, x: Array, positions: Array, key_angles, query_angles, attend):
+    def mix_tokens(self, x: Array, place: Place, attend):
         """The first half: attention, and its residual."""
-        queries, keys, values = self.attention.project(self.attention_norm(x), positions, key_angles, query_angles)
-        heads, aux = attend(queries, keys, values)
+        heads, aux = attend(self.attention.project(self.attention_norm(x), place))
         y = sum_shards(self.attention.output(heads), self.config.tensor_axis)
         return x + (self.post_attention_norm(y) if self.config.sandwich_norms else y), aux
 
@@ -113,13 +112,11 @@ def init_params(config: DecoderConfig, key: Array, *, dtype=jnp.float32):
     are [in, out], q/k/v and gate/up fused along `out`, all of one `dtype`.
     """
     keys = jax.random.split(key, config.num_layers + 2)
-    angles, position = (jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1))), jnp.zeros((1, 1), jnp.int32)
+    angles = jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1))
+    place = Place(jnp.zeros((1, 1), jnp.int32), angles, (angles,))
     x = jnp.zeros((1, 1, config.hidden_size), dtype)
-    attend = lambda queries, keys, values: (queries[0], None)
-    params = {
-        f"layers_{i}": Block(config).init(keys[i], x, position, angles, (angles,), attend)["params"]
-        for i in range(config.num_layers)
-    }
+    attend = lambda projected: (projected.queries[0], None)
+    params = {f"layers_{i}": Block(config).init(keys[i], x, place, attend)["params"] for i in range(config.num_layers)}
     table = jax.nn.initializers.normal(0.02)
     if not config.tie_embeddings:
         params["embedder"] = {"embedding": table(keys[-2], (config.vocab_size, config.hidden_size), dtype)}

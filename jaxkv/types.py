@@ -9,6 +9,7 @@ Every leaf of a state has B as axis 0 and rows share nothing, so placing, copyin
       │          │            ├──────── slots          what the policy keeps per slot; moves with the entry
       │          │            └──────── limit          how many slots this row may use
       │          ├── row                               what the policy keeps once per row: leaves [B] or [B, P, ...]
+      │          ├── taps                              the last projections, if attention convolves over time
       │          ├── owner                             which kv head a block row serves, if not each its own
       │          └── balance                           MiKV's factors between queries and keys, if a tier wants them
       ├── offsets[tier]    added to the stored positions of that tier, in all layers
@@ -17,7 +18,7 @@ Every leaf of a state has B as axis 0 and rows share nothing, so placing, copyin
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -72,6 +73,7 @@ class LayerState:
     balance [B, K, H] uint16 (bfloat16 bits): balanced schemes store keys times this; 0 = not known yet, which counts as 1.
     owner [B, P] int16: the kv head that each block row serves, -1 = none; None: row p serves head p. A head that owns n rows
     gives the token at position t to its row number t mod n: so heads hold different numbers of tokens in rows of one size.
+    taps [B, Kw - 1, C] float32: what a convolution over time has yet to meet of the tokens before (`DecoderConfig.taps`).
     """
 
     tiers: tuple[Tier, ...]
@@ -79,6 +81,7 @@ class LayerState:
     policy: Any
     balance: Array | None = None
     owner: Array | None = None
+    taps: Array | None = None
 
 
 @_pytree
@@ -97,6 +100,45 @@ class State:
     offsets: tuple[Array, ...]
     rotary: tuple[Rotary, ...]
     next_position: Array
+
+
+class Place(NamedTuple):
+    """Where the tokens [B, T] of a forward pass stand, for attention variants (`jaxkv.attention`).
+
+    positions [B, T] int32, from 0. key_angles: their (cos, sin), [B, T, R/2] each; query_angles: such a pair per tier.
+    valid [B, T] bool: others are pads; None: all. lasting [B, T] bool: those that also take a place in the row; None: the
+    valid ones. segments [B, T] int32: tokens see their own, and -1 sees and is seen by all; None: one. passages [B, T] int32:
+    n > 0 is the n-th token of a passage behind the lasting ones, which knows nothing of other passages; None: there are none.
+    taps: the layer's; None: nothing came before, and nothing is carried on.
+    """
+
+    positions: Array
+    key_angles: tuple[Array, Array]
+    query_angles: tuple[tuple[Array, Array], ...]
+    valid: Array | None = None
+    lasting: Array | None = None
+    segments: Array | None = None
+    passages: Array | None = None
+    taps: Array | None = None
+
+
+class Relative(NamedTuple):
+    """A term of the logits that goes by distance: scale * queries . table[distance], distance = position of the query minus
+    that of the key, from 0. queries [B, T, N, C]; table [N or 1, distances, C]."""
+
+    queries: Array
+    table: Array
+
+
+class Projected(NamedTuple):
+    """What an attention variant makes of a layer's input: queries, a tuple of [B, T, N, H], one per tier; keys and values
+    [B, T, K, H]; the relative term of the logits, or None; the taps after these tokens, or None."""
+
+    queries: tuple[Array, ...]
+    keys: Array
+    values: Array
+    relative: Relative | None = None
+    taps: Array | None = None
 
 
 @_pytree

@@ -145,7 +145,7 @@ class Reference:
                     if kind.window is not None:
                         crowd = [token for token in crowd if at - token.position < kind.window]
                     queries = [rotate(heads[i, g], at, kind.rope) for g in mine]
-                    out[i, mine] = self._look(queries, crowd, at, first)
+                    out[i, mine] = self._look(head, queries, crowd, at, first)
                 self._absorb(index, head, fresh, first)
                 self._store(index, head, fresh)
             x = x + out.reshape(len(tokens), -1) @ layer["attention"]["output"]["kernel"]
@@ -159,10 +159,14 @@ class Reference:
         """Queries, keys and values [T, N + 2 K, H] before RoPE, of the normed input of a layer."""
         return (x @ params["qkv"]["kernel"]).reshape(len(x), -1, self.config.head_dim)
 
-    def _look(self, queries, crowd, step, first):
+    def _logits(self, head, number, query, crowd, step):
+        """Of the number-th query head that shares a kv head, at this step, over the tokens of `crowd`."""
+        return np.stack([token.key for token in crowd]) @ query * self.config.query_scale
+
+    def _look(self, head, queries, crowd, step, first):
         """Attention of one query per head over `crowd`; each token of it remembers how much it got."""
-        keys, values = np.stack([token.key for token in crowd]), np.stack([token.value for token in crowd])
-        shares = [softmax(keys @ query * self.config.query_scale) for query in queries]
+        values = np.stack([token.value for token in crowd])
+        shares = [softmax(self._logits(head, number, query, crowd, step)) for number, query in enumerate(queries)]
         for i, (token, share, most) in enumerate(
             zip(crowd, np.mean(shares, axis=0), np.max(shares, axis=0), strict=True)
         ):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tolerances
 
-from pallas_kernels.causal_conv import BACKWARD, IMPLEMENTATIONS, causal_conv, reference, step
+from pallas_kernels.causal_conv import BACKWARD, IMPLEMENTATIONS, carry, causal_conv, reference, step
 
 EVERY = ("xla", "interpret")
 
@@ -243,3 +243,63 @@ def test_shapes_that_do_not_fit():
     ):
         causal_conv(x, jnp.zeros((19, 4)), None, None, implementation="interpret")
     assert list(IMPLEMENTATIONS) == list(BACKWARD)
+
+
+def by_segment(x, filters, bias, taps, segments):
+    """Each segment on its own; the first goes on where the taps end."""
+    out, edges = np.zeros(x.shape), [0, *(np.flatnonzero(np.diff(segments)) + 1), len(segments)]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        before = taps if start == 0 else np.zeros_like(taps)
+        part = x[:, :, start:stop]
+        valid = np.ones((x.shape[0], stop - start), bool)
+        out[:, :, start:stop], _ = reference.causal_conv(part, filters, bias, before, valid=valid)
+    return out
+
+
+def test_segments_are_texts_on_their_own():
+    """Also one that is shorter than the filters; and gradients do not cross from one to the next."""
+    (x, filters, bias, taps), *_ = make_case("right-padded")
+    x, length = np.nan_to_num(x), x.shape[2]
+    segments = np.repeat([3, 1, 4, 2], [7, 1, 2, length - 10])
+    given = [jnp.asarray(a) for a in (x, filters, bias, taps)]
+    call = lambda x, segments: causal_conv(x, *given[1:], segments=segments)[0]
+    rows = jnp.broadcast_to(jnp.asarray(segments, jnp.int32)[None], (x.shape[0], length))
+    expected = by_segment(x, filters, bias, taps, segments)
+    np.testing.assert_allclose(call(given[0], rows), expected, rtol=0, atol=tolerances.CONVOLUTION)
+    assert np.abs(np.asarray(call(given[0], None)) - expected).max() > tolerances.VISIBLE
+    gradient = jax.grad(lambda x: call(x, rows)[:, :, 8].sum())(given[0])
+    assert np.flatnonzero(np.abs(np.asarray(gradient)).sum(axis=(0, 1, 3))).tolist() == [8]
+    everyone = rows.at[:, 7].set(-1)  # meets all, and is met by all
+    gradient = jax.grad(lambda x: call(x, everyone)[:, :, 7:9].sum())(given[0])
+    assert np.flatnonzero(np.abs(np.asarray(gradient)).sum(axis=(0, 1, 3))).tolist() == [4, 5, 6, 7, 8]
+
+
+def test_segments_pass_over_pads():
+    (x, filters, bias, taps), *_ = make_case("right-padded")
+    x, length = np.nan_to_num(x), x.shape[2]
+    segments = np.repeat([0, 1], [length // 2, length - length // 2])
+    valid = np.random.default_rng(0).random(length) < 0.6
+    rows = lambda a, kind: jnp.broadcast_to(jnp.asarray(a, kind)[None], (x.shape[0], length))
+    found, left = causal_conv(
+        *map(jnp.asarray, (np.where(valid[:, None], x, np.nan), filters, bias, taps)),
+        valid=rows(valid, bool), segments=rows(segments, jnp.int32),
+    )  # fmt: skip
+    expected = by_segment(x[:, :, valid], filters, bias, taps, segments[valid])
+    np.testing.assert_allclose(np.asarray(found)[:, :, valid], expected, rtol=0, atol=tolerances.CONVOLUTION)
+    np.testing.assert_array_equal(left, x[:, :, valid][:, :, -taps.shape[2] :])
+    with pytest.raises(NotImplementedError, match="'interpret' cannot take segments"):
+        causal_conv(
+            *map(jnp.asarray, (x, filters, bias, taps)), segments=rows(segments, jnp.int32), implementation="interpret"
+        )
+    with pytest.raises(ValueError, match=r"segments must be \[B, T\]"):
+        causal_conv(*map(jnp.asarray, (x, filters, bias, taps)), segments=jnp.zeros((length,), jnp.int32))
+
+
+@pytest.mark.parametrize("name", ["shorter than the filters", "left-padded", "right-padded", "per head, pads anywhere"])
+def test_taps_carried_are_those_that_the_convolution_leaves(name):
+    (x, filters, bias, taps), valid, *_ = make_case(name)
+    flat = lambda a: np.moveaxis(a, 1, 2).reshape(a.shape[0], a.shape[2], -1)
+    _, left = reference.causal_conv(x, filters, bias, taps, valid=valid)
+    np.testing.assert_array_equal(carry(*map(jnp.asarray, (flat(taps), flat(x), valid))), flat(left))
+    none = jnp.zeros(valid.shape, bool)
+    np.testing.assert_array_equal(carry(*map(jnp.asarray, (flat(taps), flat(x))), none), flat(taps))

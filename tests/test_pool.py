@@ -12,7 +12,7 @@ from cache_harness import EVICTING, PARAMS, PLAIN, WHOLE, B, T, make_case, small
 from jaxkv.cache import attend_decode, empty_state, extend, make_context, store
 from jaxkv.cache.pool import store_all
 from jaxkv.quantization import SCHEMES, kivi
-from jaxkv.types import LayerSpec, TierSpec
+from jaxkv.types import LayerSpec, Projected, TierSpec
 
 LISTS = {
     "one tier": ((16, "bf16", "bf16"),),
@@ -56,7 +56,7 @@ def both(layers, state, key):
     for number, layer in enumerate(layers):
         keys = jax.random.split(jax.random.fold_in(key, number), 3)
         q, k, v = (draw(*pair) for pair in zip(keys, (4, 2, 2), strict=True))
-        news.append(attend((q,) * len(layer.tiers), k, v, layer=layer)[1])
+        news.append(attend(Projected((q,) * len(layer.tiers), k, v), layer)[1])
     at_once = store_all(layers, news, context, config=PLAIN)
     each = tuple(store(layer, new, context, config=PLAIN, kind=WHOLE) for layer, new in zip(layers, news, strict=True))
     return at_once, each, context.newest + 1

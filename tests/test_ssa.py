@@ -44,6 +44,7 @@ from jaxkv.checkpoints import CheckpointError, open_checkpoint, read_config, sav
 from jaxkv.checkpoints.huggingface_config import config_to_json, parse_config
 from jaxkv.config import SsaConfig
 from jaxkv.rope import angles, make_rotary
+from jaxkv.types import Place
 
 ALL = SsaConfig(queries="token+position", keys="token+position", values="token+position")
 DEFAULT = SsaConfig()
@@ -157,10 +158,10 @@ def projected(config, params, x, start=0):
     """What the module hands to attention at positions from `start`: queries [T, N, H], keys, values [T, K, H]."""
     positions = jnp.arange(start, start + x.shape[1], dtype=jnp.int32)[None]
     at = angles(make_rotary(config.layers[0].rope, jnp.asarray([64])), positions)
-    queries, *rest = SelectiveAttention(config).apply(
-        {"params": params["layers_0"]["attention"]}, x, positions, at, (at,), method="project"
+    found = SelectiveAttention(config).apply(
+        {"params": params["layers_0"]["attention"]}, x, Place(positions, at, (at,)), method="project"
     )
-    return [np.asarray(part[0], np.float64) for part in (*queries, *rest)]
+    return [np.asarray(part[0], np.float64) for part in (*found.queries, found.keys, found.values)]
 
 
 def mixed(queries, keys, values, scale, sharpness=1.0, form="logits"):

@@ -11,7 +11,7 @@ import importlib.util
 import pathlib
 import pkgutil
 
-from jaxkv.config import DecoderConfig, LayerConfig, RopeConfig, SsaConfig
+from jaxkv.config import ACTIVATIONS, DecoderConfig, LayerConfig, RcmhaConfig, RopeConfig, SsaConfig
 
 
 class TrainError(ValueError):
@@ -36,13 +36,38 @@ def _one_of(name, value, accepted):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rcmha:
+    """`jaxkv.config.RcmhaConfig` of a recipe, in which distances None with a relative term is as far as the model sees."""
+
+    relative: str = "learned"
+    distances: int | None = None
+    convolution: str = "shared"
+    width: int = 3
+    query_context: str = "memory"
+
+    def of(self, far: int) -> RcmhaConfig:
+        """The model's, whose queries see keys at distances below `far`."""
+        own = dataclasses.asdict(self)
+        if self.relative != "none" and self.distances is None:
+            own["distances"] = far
+        return RcmhaConfig(**own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """base: a checkpoint to go on from (name, directory, .gguf file, Hugging Face id); the shape is then its own.
 
     Else a Llama of this shape, with random parameters: vocab_size None is the tokenizer's. head_dim None:
-    hidden_size / num_heads; num_kv_heads None: num_heads. window: of all layers; None = all earlier tokens. attention: "gqa"
-    or "ssa", which has the temperatures of `ssa` (arXiv 2411.12892); None: the base checkpoint's, else "gqa". A plain base
-    starts near the model that it is (`jaxkv.attention.ssa.from_gqa`); what they are called is */*_temperature/*.
+    hidden_size / num_heads; num_kv_heads None: num_heads. window: of all layers; None = all earlier tokens. rope: "default"
+    or "none"; learned_positions: length of a table of positions. activation, mlp_gate: of the MLP. attention: "gqa"; "ssa",
+    which has the temperatures of `ssa` (arXiv 2411.12892); or "rcmha", which has the convolution and the relative term of
+    `rcmha` (arXiv 2308.03429; its distances None: max_positions, or the window). None: the base checkpoint's, else "gqa". A
+    plain base starts near the model that it is (`from_gqa` of `jaxkv.attention.ssa` and `.rcmha`); what is added to it is
+    */*_temperature/*, */*_convolution/* and */distances/*. The arms of RCMHA's comparison, rope "none" in all:
+
+        MHA    learned_positions                     RMHA   attention "rcmha", rcmha.convolution "none"
+        MDHA   attention "rcmha", rcmha.relative     RCMHA  attention "rcmha"
+               "none", learned_positions
     """
 
     base: str | None = None
@@ -55,19 +80,27 @@ class Model:
     head_dim: int | None = None
     max_positions: int | None = None
     window: int | None = None
+    rope: str = "default"
     rope_theta: float = 10_000.0
+    learned_positions: int | None = None
+    activation: str = "silu"
+    mlp_gate: bool = True
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     qk_norm: bool = False
     attention: str | None = None
     ssa: SsaConfig = SsaConfig()
+    rcmha: Rcmha = Rcmha()
 
     def __post_init__(self):
-        _one_of("model.attention", self.attention, (None, "gqa", "ssa"))
-        if self.attention != "ssa" and self.ssa != SsaConfig():
-            raise TrainError(f"model.ssa is given, but model.attention is {self.attention!r}; make it 'ssa'")
+        _one_of("model.attention", self.attention, (None, "gqa", "ssa", "rcmha"))
+        _one_of("model.rope", self.rope, ("default", "none"))
+        _one_of("model.activation", self.activation, ACTIVATIONS)
+        for name, usual in (("ssa", SsaConfig()), ("rcmha", Rcmha())):
+            if self.attention != name and getattr(self, name) != usual:
+                raise TrainError(f"model.{name} is given, but model.attention is {self.attention!r}; make it {name!r}")
         shape = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "max_positions")
-        sizes = (*shape, "vocab_size", "num_kv_heads", "head_dim", "window")
+        sizes = (*shape, "vocab_size", "num_kv_heads", "head_dim", "window", "learned_positions")
         if self.base is None:
             missing = [name for name in shape if getattr(self, name) is None]
             if missing:
@@ -75,6 +108,10 @@ class Model:
         given = [name for name in sizes if self.base is not None and getattr(self, name) is not None]
         if given:
             raise TrainError(f"model.{given[0]} is that of the base checkpoint {self.base!r}; give one of the two")
+        usual = {"rope": "default", "activation": "silu", "mlp_gate": True}
+        given = [name for name in usual if self.base is not None and getattr(self, name) != usual[name]]
+        if given:
+            raise TrainError(f"model.{given[0]} is that of the base checkpoint {self.base!r}; leave it out")
         _positive(self, *sizes, "rope_theta", "norm_eps")
         if self.base is None and self.head_dim is None and self.hidden_size % self.num_heads:
             raise TrainError(
@@ -105,9 +142,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW (arXiv 1711.05101). Weight decay is for matrices only. groups: rates of their own, as (pattern, factor of the
-    rate); the first pattern that a parameter's path matches counts. frozen: patterns of paths that are not trained.
-    Patterns are shell globs over paths such as layers_3/attention/qkv/kernel."""
+    """AdamW (arXiv 1711.05101). Weight decay is for matrices only, and not for those that `no_decay` matches: temperatures,
+    filters, biases and tables of distances, whose start at zero or at the identity says nothing of their size. groups:
+    rates of their own, as (pattern, factor of the rate); the first pattern that a parameter's path matches counts.
+    frozen: patterns of paths that are not trained. Patterns are shell globs over paths such as
+    layers_3/attention/qkv/kernel."""
 
     learning_rate: float
     weight_decay: float = 0.1
@@ -117,6 +156,7 @@ class Optimizer:
     clip: float | None = 1.0
     groups: tuple[tuple[str, float], ...] = ()
     frozen: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = ("*_temperature/*", "*_convolution/*", "*/distances/*bias", "*/distances/table")
 
     def __post_init__(self):
         _positive(self, "learning_rate", "eps", "clip")
@@ -258,17 +298,28 @@ class Recipe:
             )
         if self.lora.rank and self.model.base is None:
             raise TrainError("lora.rank needs model.base: adapters on random parameters would learn nothing useful")
-        if self.lora.rank and self.model.attention == "ssa":
+        added = {"ssa": "temperatures", "rcmha": "convolutions and tables"}
+        if self.lora.rank and self.model.attention in added:
             raise TrainError(
-                "adapters do not reach the temperatures of model.attention 'ssa'; leave out lora.rank, and name in"
-                " optimizer.frozen what is not to be trained"
+                f"adapters do not reach the {added[self.model.attention]} of model.attention {self.model.attention!r}; leave"
+                " out lora.rank, and name in optimizer.frozen what is not to be trained"
             )
+        known = [self.model.learned_positions, self.model.rcmha.distances if self.model.window is None else None]
+        table = min((n for n in known if n is not None), default=None)
+        if table is not None and self.sequence > table:
+            raise TrainError(f"sequence {self.sequence} is longer than the model's table of {table}; lower it")
+
+
+def _rcmha(model: Model) -> RcmhaConfig | None:
+    if model.attention != "rcmha":
+        return None
+    return model.rcmha.of(min(model.max_positions, model.window or model.max_positions))
 
 
 def decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
     """The decoder of a model without a base."""
     size = model.head_dim or model.hidden_size // model.num_heads
-    rope = RopeConfig(kind="default", theta=model.rope_theta, rotary_dim=size)
+    rope = RopeConfig(kind=model.rope, theta=model.rope_theta, rotary_dim=size)
     family = "qwen3" if model.qk_norm else "llama" if model.window is None else "mistral"
     try:
         return DecoderConfig(
@@ -276,9 +327,10 @@ def decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
             intermediate_size=model.intermediate_size, num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads or model.num_heads, head_dim=size,
             layers=(LayerConfig(window=model.window, rope=rope),) * model.num_layers, max_positions=model.max_positions,
-            norm_eps=model.norm_eps, norm_offset=0.0, activation="silu", query_scale=size**-0.5, embedding_scale=1.0,
+            norm_eps=model.norm_eps, norm_offset=0.0, activation=model.activation, query_scale=size**-0.5, embedding_scale=1.0,
             tie_embeddings=model.tie_embeddings, qk_norm=model.qk_norm, attention=model.attention or "gqa",
-            ssa=model.ssa if model.attention == "ssa" else None,
+            ssa=model.ssa if model.attention == "ssa" else None, mlp_gate=model.mlp_gate,
+            learned_positions=model.learned_positions, rcmha=_rcmha(model),
         )  # fmt: skip
     except ValueError as error:
         raise TrainError(f"model: {error}") from error

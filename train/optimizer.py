@@ -16,7 +16,6 @@ import optax
 from train.config import Optimizer, Schedule, TrainError
 
 Flat = dict[str, jax.Array]
-UNDECAYED = ("*_temperature/kernel",)  # decay would pull temperatures back to where they select nothing
 
 
 def flatten(params) -> Flat:
@@ -129,7 +128,7 @@ def make_optimizer(optimizer: Optimizer, schedule: optax.Schedule, trained) -> o
     parts = [optax.clip_by_global_norm(optimizer.clip)] if optimizer.clip is not None else []
     parts.append(optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps))
     if optimizer.weight_decay:
-        decays = {path: x.ndim >= 2 and not matches(path, UNDECAYED) for path, x in trained.items()}
+        decays = {path: x.ndim >= 2 and not matches(path, optimizer.no_decay) for path, x in trained.items()}
         parts.append(optax.add_decayed_weights(optimizer.weight_decay, mask=decays))
     for value in sorted(set(factors.values()) - {1.0}):
         parts.append(optax.masked(optax.scale(value), {path: f == value for path, f in factors.items()}))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxkv.attention.ssa import from_gqa
+from jaxkv.attention import rcmha, ssa
 from jaxkv.checkpoints import Checkpoint, Generation, Tokenizer, load_tokenizer, open_checkpoint
 from jaxkv.checkpoints.huggingface_config import config_to_json
 from jaxkv.config import DecoderConfig
@@ -105,13 +105,25 @@ def _with_attention(base: Checkpoint, recipe: Recipe) -> Checkpoint:
     asked, given = recipe.model.attention, base.config.attention
     if asked is None or asked == given == "gqa":
         return base
-    if asked == "ssa" and given == "gqa":
+    if given == "gqa":
         key = jax.random.fold_in(jax.random.key(recipe.seed), 1)
-        params, config = from_gqa(base.params, base.config, recipe.model.ssa, key)
+        if asked == "ssa":
+            params, config = ssa.from_gqa(base.params, base.config, recipe.model.ssa, key)
+        else:
+            params, config = _convolved(base, recipe, key)
         return dataclasses.replace(base, params=params, config=config)
     raise TrainError(
         f"model.attention {asked!r} cannot be made of the base checkpoint's {given!r}; leave it out to go on with that"
     )
+
+
+def _convolved(base: Checkpoint, recipe: Recipe, key):
+    """A table that is not given a length reaches as far as the base does."""
+    far = max(min(base.config.max_positions, kind.window or base.config.max_positions) for kind in base.config.layers)
+    try:
+        return rcmha.from_gqa(base.params, base.config, recipe.model.rcmha.of(far), key)
+    except ValueError as error:
+        raise TrainError(f"model: {error}") from error
 
 
 def _check_optional(recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxkv.config import DecoderConfig
 from jaxkv.layers import Linear, RMSNorm
 from jaxkv.rope import rotate
-from jaxkv.types import Array
+from jaxkv.types import Array, Place, Projected
 
 
 class GroupedQueryAttention(nn.Module):
@@ -22,14 +22,9 @@ class GroupedQueryAttention(nn.Module):
             self.query_norm = RMSNorm(c.norm_eps, c.norm_offset)
             self.key_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
-    def project(self, x: Array, positions: Array, key_angles, query_angles) -> tuple[tuple[Array, ...], Array, Array]:
-        """Queries once per entry of `query_angles`, keys rotated by `key_angles`, values.
-
-        Args: x [B, T, D]; positions [B, T] int32, from 0, whose angles are (cos, sin), [B, T, R/2] each.
-        Returns: queries, a tuple of [B, T, N, H]; keys and values [B, T, K, H].
-        """
-        queries, keys, values = self.normed(*self.split(x))
-        return tuple(rotate(queries, *a) for a in query_angles), rotate(keys, *key_angles), values
+    def project(self, x: Array, place: Place) -> Projected:
+        """Queries, keys and values of x [B, T, D], rotated to their positions."""
+        return self.turned(*self.normed(*self.split(x)), place)
 
     def split(self, x: Array) -> tuple[Array, Array, Array]:
         """The bare projections of x [B, T, D]: queries [B, T, N, H], keys and values [B, T, K, H]."""
@@ -42,6 +37,11 @@ class GroupedQueryAttention(nn.Module):
         if self.config.qk_norm:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         return queries, keys, values
+
+    def turned(self, queries: Array, keys: Array, values: Array, place: Place) -> Projected:
+        """The same at their positions: queries once for each tier's frame, and keys."""
+        queries = tuple(rotate(queries, *angles) for angles in place.query_angles)
+        return Projected(queries, rotate(keys, *place.key_angles), values)
 
     def output(self, heads: Array) -> Array:
         """[B, T, N, H] -> [B, T, D]."""

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 from jaxkv.attention.gqa import GroupedQueryAttention
 from jaxkv.config import DecoderConfig, SsaConfig
 from jaxkv.layers import Linear, linear
-from jaxkv.rope import rotate
-from jaxkv.types import Array
+from jaxkv.types import Array, Place, Projected
 
 ROLES = ("queries", "keys", "values")
 GATE = {"sigmoid": jax.nn.sigmoid, "exp-exp": lambda alpha: jnp.exp(-jnp.exp(alpha))}
@@ -93,15 +92,15 @@ class SelectiveAttention(GroupedQueryAttention):
         make = lambda role: Temperature(ssa, getattr(ssa, role)) if getattr(ssa, role) != "none" else None
         self.queries_temperature, self.keys_temperature, self.values_temperature = map(make, ROLES)
 
-    def project(self, x: Array, positions: Array, key_angles, query_angles) -> tuple[tuple[Array, ...], Array, Array]:
+    def project(self, x: Array, place: Place) -> Projected:
         """As `GroupedQueryAttention.project`."""
         bare = self.split(x)
         owners = self.queries_temperature, self.keys_temperature, self.values_temperature
-        queries, keys, values = (
-            heads if owner is None else _scaled(heads, owner(x, projected, positions))
+        scaled = (
+            heads if owner is None else _scaled(heads, owner(x, projected, place.positions))
             for owner, projected, heads in zip(owners, bare, self.normed(*bare), strict=True)
         )
-        return tuple(rotate(queries, *a) for a in query_angles), rotate(keys, *key_angles), values
+        return self.turned(*scaled, place)
 
 
 def _scaled(heads: Array, tau: Array) -> Array:

@@ -11,10 +11,10 @@ from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.quantization import get_scheme
 from jaxkv.quantization.balance import factor_of, find_balance
 from jaxkv.rope import angles, rotate
-from jaxkv.types import Array, Entries, LayerState, Newcomers, Rotary, Rows, Tier
+from jaxkv.types import Array, Entries, LayerState, Newcomers, Projected, Relative, Rotary, Rows, Tier
 from pallas_kernels.decode_attention import Source, decode_attention
 from pallas_kernels.decode_attention.owners import of_head, sum_by_head, to_rows, turns
-from pallas_kernels.extend_attention import TierSource, extend_attention
+from pallas_kernels.extend_attention import TierSource, at_distances, distance_logits, extend_attention
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +23,9 @@ class Context:
     """What all layers of one `extend` share.
 
     positions [B, T] int32 of the new tokens; valid [B, T] bool: those that are seen; lasting: those that also take a
-    place in the row; replay: those that take none; candidates: those that may be stored; count [B] int32 of lasting
-    ones; newest [B] int32, the last lasting position; segments [B, T] int32 or None; offsets: one [B] per tier.
+    place in the row; replay: those that take none; passages [B, T] int32: the place of each of those in its passage, from
+    1 (None: there are none); candidates: those that may be stored; count [B] int32 of lasting ones; newest [B] int32, the
+    last lasting position; segments [B, T] int32 or None; offsets: one [B] per tier.
     angles: per kind of RoPE, (cos, sin) of the new positions in each tier's frame.
     """
 
@@ -32,6 +33,7 @@ class Context:
     valid: Array
     lasting: Array
     replay: Array
+    passages: Array | None
     candidates: Array
     count: Array
     newest: Array
@@ -45,13 +47,15 @@ class Context:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class New:
     """What one layer has to store: keys (rotated), values [B, K, T, H], queries [B, K, G, T, H] if the policy wants them;
-    what the queries said of the slots of each tier and, last, of these tokens (None: nothing); the layer's balance."""
+    what the queries said of the slots of each tier and, last, of these tokens (None: nothing); the layer's balance and taps.
+    """
 
     queries: Array | None
     keys: Array
     values: Array
     statistics: tuple | None
     balance: Array | None
+    taps: Array | None
 
 
 def make_context(state, valid, candidates, segments, replay=None) -> Context:
@@ -68,6 +72,7 @@ def make_context(state, valid, candidates, segments, replay=None) -> Context:
         valid=valid,
         lasting=lasting,
         replay=valid & ~lasting,
+        passages=None if replay is None else jnp.where(valid, replay, 0),
         candidates=candidates & lasting,
         count=count,
         newest=state.next_position + count - 1,
@@ -79,21 +84,20 @@ def make_context(state, valid, candidates, segments, replay=None) -> Context:
 
 
 def attend_extend(
-    queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig, causal: bool,
+    projected: Projected, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig, causal: bool,
     watch: bool | None = None,
 ):  # fmt: skip
-    """T new tokens. queries: one [B, T, N, H] per tier; keys, values [B, T, K, H].
+    """T new tokens, projected by the attention of their layer.
 
     A layer whose tiers hold nothing may come without them, so that layers of any size are one program; then watch says
     whether its policy looks.
     Returns: heads [B, T, N, H], and what is `New`, for `store`.
     """
     watch = bool(layer.tiers) and layer.policy.needs_attention if watch is None else watch
-    batch, length, _, size = keys.shape
-    grouped = [
-        jnp.moveaxis(q.reshape(batch, length, config.num_kv_heads, -1, size), 1, 3) for q in queries
-    ]  # [B, P, G, T, H]
-    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, T, H]
+    batch, length, _, size = projected.keys.shape
+    heads = config.num_kv_heads
+    grouped = [by_group(q, heads) for q in projected.queries]  # [B, P, G, T, H]
+    keys, values = jnp.swapaxes(projected.keys, 1, 2), jnp.swapaxes(projected.values, 1, 2)  # [B, P, T, H]
     tiers = tuple(
         TierSource(_source(q, tier, layer), positions_of(tier) + offset[:, None, None])
         for q, tier, offset in zip(grouped, layer.tiers, context.offsets, strict=False)
@@ -127,6 +131,7 @@ def attend_extend(
         window=kind.window,
         scale=config.query_scale,
         softcap=config.attention_softcap,
+        relative=relative_by_group(projected.relative, heads),
         row_statistic=row_statistic if watch else None,
         merge=policy.merge,
         implementation=config.kernels,
@@ -138,26 +143,49 @@ def attend_extend(
         values=values,
         statistics=statistics if watch else None,
         balance=_balance(layer, grouped[0], keys, context, kind=kind),
+        taps=projected.taps,
     )
     return heads, new
 
 
+def by_group(x: Array, heads: int) -> Array:
+    """[B, T, N, C] -> [B, K, G, T, C]: query heads beside their kv head."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1, x.shape[-1]), 1, 3)
+
+
+def relative_by_group(relative: Relative | None, heads: int):
+    """The relative term as the operations of attention take it: queries [B, K, G, T, C], table [K or 1, G or 1, R, C]."""
+    if relative is None:
+        return None
+    table = relative.table
+    table = table[None] if table.shape[0] == 1 else table.reshape(heads, -1, *table.shape[1:])
+    return by_group(relative.queries, heads), table
+
+
 def attend_decode(
-    queries, keys, values, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig
+    projected: Projected, layer: LayerState, context: Context, *, config: DecoderConfig, kind: LayerConfig
 ):
     """`attend_extend` for T = 1 on the fast path, equal to rounding."""
-    batch, _, _, size = keys.shape
-    grouped = [q.reshape(batch, config.num_kv_heads, -1, size) for q in queries]  # [B, P, G, H]
-    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)  # [B, P, 1, H]
+    batch, _, _, size = projected.keys.shape
+    heads = config.num_kv_heads
+    grouped = [q.reshape(batch, heads, -1, size) for q in projected.queries]  # [B, P, G, H]
+    keys, values = jnp.swapaxes(projected.keys, 1, 2), jnp.swapaxes(projected.values, 1, 2)  # [B, P, 1, H]
     sources = []
+    by_distance = None
+    if projected.relative is not None:
+        queries, table = relative_by_group(projected.relative, heads)
+        by_distance = distance_logits(queries, table[:, :, : kind.window], config.query_scale)[..., 0, :]
     for q, tier, offset in zip(grouped, layer.tiers, context.offsets, strict=False):
         source = _source(q, tier, layer, packed=True)
+        behind = context.positions[:, :, None] - (positions_of(tier) + offset[:, None, None])
         if kind.window is not None:
-            near = context.positions[:, :, None] - (positions_of(tier) + offset[:, None, None]) < kind.window
-            source = source._replace(live=source.live & near)
+            source = source._replace(live=source.live & (behind < kind.window))
+        if by_distance is not None:
+            source = source._replace(bias=at_distances(to_rows(by_distance, layer.owner), behind[:, :, None]))
         sources.append(source)
     valid = jnp.broadcast_to(context.valid[:, None, :], keys.shape[:3])
-    sources.append(Source(grouped[0], jnp.swapaxes(keys, 2, 3), values, valid))
+    itself = None if by_distance is None else by_distance[..., :1]
+    sources.append(Source(grouped[0], jnp.swapaxes(keys, 2, 3), values, valid, bias=itself))
     watch = bool(layer.tiers) and layer.policy.needs_attention
     out, probabilities = decode_attention(
         tuple(sources),
@@ -169,7 +197,6 @@ def attend_decode(
     statistics = None
     if watch:
         seen = [source.live & context.valid[:, :, None] for source in sources]
-        heads = config.num_kv_heads
         live = sum(
             sum_by_head(see.sum(axis=-1, dtype=jnp.int32), s.owner, heads) for see, s in zip(seen, sources, strict=True)
         )
@@ -193,6 +220,7 @@ def attend_decode(
         values=after(out, values),
         statistics=statistics,
         balance=_balance(layer, single, keys, context, kind=kind),
+        taps=projected.taps,
     )
     return heads, new
 
@@ -228,7 +256,7 @@ def _source(queries: Array, tier: Tier, layer: LayerState, *, packed: bool = Fal
 def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfig, kind: LayerConfig) -> LayerState:
     """Absorbs the statistics, then sends the candidates down the chain of tiers."""
     if not layer.tiers:
-        return layer
+        return dataclasses.replace(layer, taps=new.taps)
     policy, owner, rotary = layer.policy, layer.owner, context.rotary[config.ropes.index(kind.rope)]
     to_mine = lambda x: to_rows(x, owner)
     newcomers = Newcomers(
@@ -282,7 +310,7 @@ def store(layer: LayerState, new: New, context: Context, *, config: DecoderConfi
         if below:
             shift = offset - context.offsets[number + 1]
             entries = _reframe(displaced, shift, rotary)
-    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=new.balance, owner=owner)
+    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=new.balance, owner=owner, taps=new.taps)
 
 
 def takes(owner: Array | None, positions: Array) -> Array | bool:

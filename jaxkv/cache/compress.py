@@ -101,7 +101,7 @@ def _compress(layer, next_position, limits, index, owner, *, spec):
         )
         tier, entries = insert(tier, entries, scores=scores, below=empty[number + 1 :])
         tiers.append(tier)
-    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=balance, owner=owner)
+    return LayerState(tiers=tuple(tiers), row=row, policy=policy, balance=balance, owner=owner, taps=layer.taps)
 
 
 _compress_layer = jax.jit(_compress, static_argnames=("spec",))

@@ -19,7 +19,7 @@ def drop(state: State, *, start: Array, stop: Array) -> State:
     If the range reaches the end of the row, the next token takes position `start`. What other tokens computed from the
     dropped ones stays in their keys and values: to prune a passage exactly, drop it and all that follows, then `extend`
     the surviving suffix again. A sliding-window layer has already forgotten what left its window by then, so after dropping
-    the end of a row it sees less than it would have seen the first time.
+    the end of a row it sees less than it would have seen the first time; and a convolution over time begins anew there.
     """
 
     def forget(tier, offset):
@@ -27,10 +27,12 @@ def drop(state: State, *, start: Array, stop: Array) -> State:
         inside = (at >= start[:, None, None]) & (at < stop[:, None, None])
         return dataclasses.replace(tier, positions=jnp.where(inside, EMPTY, tier.positions))
 
-    layers = tuple(
-        dataclasses.replace(layer, tiers=tuple(map(forget, layer.tiers, state.offsets))) for layer in state.layers
-    )
     shorter = (stop >= state.next_position) & (start < state.next_position)
+    begin = lambda taps: None if taps is None else jnp.where(shorter[:, None, None], 0, taps)
+    layers = tuple(
+        dataclasses.replace(layer, tiers=tuple(map(forget, layer.tiers, state.offsets)), taps=begin(layer.taps))
+        for layer in state.layers
+    )
     return dataclasses.replace(state, layers=layers, next_position=jnp.where(shorter, start, state.next_position))
 
 
@@ -41,7 +43,7 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
     the slots and limits of both; in a sliding-window layer the limit of a tier without groups is at most the window, and
     what the next token cannot see is empty. Keys of `second` are encoded once more, in the groups that they lie in. The
     tokens of `second` have not seen those of `first`, and temperatures in them (`jaxkv.attention.ssa`) remain those of the
-    positions that they were read at.
+    positions that they were read at; convolved over time are the tokens of each on their own.
     Raises: ValueError for states that do not match; frequencies and balances are compared outside jit only. For a model
       with learned positions, which are in every key and value and cannot be moved.
     """
@@ -83,6 +85,14 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
                 " that are not balanced"
             )
     shift = first.next_position
+    if config.most_positions is not None and not any(
+        isinstance(s.next_position, jax.core.Tracer) for s in (first, second)
+    ):
+        together = int((shift + second.next_position).max())
+        if together > config.most_positions:
+            raise ValueError(
+                f"rows of {together} tokens together: the model has learned {config.most_positions} positions"
+            )
     newest = shift + second.next_position - 1
     layers = []
     for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
@@ -101,14 +111,27 @@ def concat(first: State, second: State, *, config: DecoderConfig) -> State:
                     tier, positions=jnp.where(gone, EMPTY, tier.positions), limit=jnp.minimum(tier.limit, most)
                 )
             tiers.append(tier)
-        kept = jax.tree.map(jnp.copy, (a.row, a.balance, a.owner))  # the result may be donated; `first` must survive it
-        layers.append(dataclasses.replace(a, tiers=tuple(tiers), row=kept[0], balance=kept[1], owner=kept[2]))
+        kept = (a.row, a.balance, a.owner, _join_taps(a.taps, b.taps, second.next_position))
+        kept = jax.tree.map(jnp.copy, kept)  # the result may be donated; `first` and `second` must survive it
+        layers.append(
+            dataclasses.replace(a, tiers=tuple(tiers), row=kept[0], balance=kept[1], owner=kept[2], taps=kept[3])
+        )
     return State(
         layers=tuple(layers),
         offsets=first.offsets,
         rotary=first.rotary,
         next_position=shift + second.next_position,
     )
+
+
+def _join_taps(first: Array | None, second: Array | None, count: Array) -> Array | None:
+    """The last of what both have read; `second` has read count [B] tokens, and zeros stand before those."""
+    if first is None or second is None:
+        return None
+    width = first.shape[1]
+    read = jnp.minimum(count, width)[:, None]
+    index = jnp.arange(width, dtype=jnp.int32)[None] + jnp.where(jnp.arange(width)[None] < width - read, read, width)
+    return jnp.take_along_axis(jnp.concatenate([first, second], axis=1), index[..., None], axis=1)
 
 
 def _same_owner(a: Array | None, b: Array | None) -> bool:

@@ -19,7 +19,7 @@ from jaxkv.cache.pool import store_all
 from jaxkv.cache.state import granule_of
 from jaxkv.config import DecoderConfig, LayerConfig
 from jaxkv.policies import Full
-from jaxkv.types import Array, LayerState, State
+from jaxkv.types import Array, LayerState, Place, State
 
 VISIBILITIES = ("causal", "bidirectional")
 MLP_TOKENS = 512  # of a long prompt go through the MLP at a time, whose width is several times the model's
@@ -62,6 +62,10 @@ def extend(
         raise ValueError(f"tokens have {batch} rows, the state has {state.next_position.shape[0]}")
     if visibility not in VISIBILITIES:
         raise ValueError(f"unknown visibility {visibility!r}; known: {', '.join(VISIBILITIES)}")
+    if visibility != "causal" and config.rcmha is not None:
+        raise ValueError(
+            f"attention 'rcmha' has learned what lies behind a token, nothing ahead; {visibility!r} needs that"
+        )
     everything = jnp.ones((batch, length), bool)
     valid = everything if valid is None else valid
     candidates = everything if candidates is None else candidates
@@ -86,7 +90,8 @@ def extend(
             params[f"layers_{index}"], x, seen, context,
             config=config, kind=kind, causal=visibility == "causal", watch=watch,
         )  # fmt: skip
-        layers.append(_store_layer(layer, new, context, config=config, kind=kind) if layer.tiers else layer)
+        keep = _store_layer if layer.tiers else store  # without tiers there is nothing to compile
+        layers.append(keep(layer, new, context, config=config, kind=kind))
         if progress is not None:
             progress(index + 1, len(state.layers))
     hidden = _end({"final_norm": params["final_norm"]}, x, config=config)
@@ -130,10 +135,14 @@ def forward(params, tokens: Array, *, config: DecoderConfig, valid: Array | None
     return extend(params, tokens, state, config=config, valid=valid)[0]
 
 
-def _block(params, x, context: Context, config: DecoderConfig, kind: LayerConfig, attend):
+def _block(params, x, taps, context: Context, config: DecoderConfig, kind: LayerConfig, attend):
     frames = context.angles[config.ropes.index(kind.rope)]
+    place = Place(
+        context.positions, frames[0], frames, valid=context.valid, lasting=context.lasting, segments=context.segments,
+        passages=context.passages, taps=taps,
+    )  # fmt: skip
     block, params = decoder.Block(config), {"params": params}
-    x, aux = block.apply(params, x, context.positions, frames[0], frames, attend, method="mix_tokens")
+    x, aux = block.apply(params, x, place, attend, method="mix_tokens")
     feed_forward = functools.partial(block.apply, params, method="feed_forward")
     return _by_tokens(feed_forward, x, MLP_TOKENS), aux
 
@@ -170,7 +179,7 @@ def _attend_layer(
     attend = functools.partial(
         attend_extend, layer=layer, context=context, config=config, kind=kind, causal=causal, watch=watch
     )
-    return _block(params, x, context, config, kind, attend)
+    return _block(params, x, layer.taps, context, config, kind, attend)
 
 
 _store_layer = jax.jit(store, static_argnames=("config", "kind"), donate_argnames=("layer",))
@@ -180,7 +189,7 @@ _store_layer = jax.jit(store, static_argnames=("config", "kind"), donate_argname
 def _decode_layer(params, x: Array, layer: LayerState, context: Context, *, config, kind) -> tuple[Array, New]:
     """A layer of `decode`, without storing. Jitted so that layers of a kind are traced and lowered once; XLA inlines calls."""
     attend = functools.partial(attend_decode, layer=layer, context=context, config=config, kind=kind)
-    return _block(params, x, context, config, kind, attend)
+    return _block(params, x, layer.taps, context, config, kind, attend)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("x",))
@@ -194,9 +203,10 @@ def _is_fresh(state: State) -> bool:
 
 
 def _refuse_distant(state: State, lasting: Array, replay: Array | None, config: DecoderConfig) -> None:
-    """Positions beyond a table of learned ones, or what a tier can count, are an error. Under jit, embeddings are NaN there,
-    and positions wrap: `jaxkv.cache.budgets.plan` chooses a type for the length that it is told."""
-    far, learned = np.iinfo(np.int32).max, config.learned_positions
+    """Positions beyond a table of learned ones, or what a tier can count, are an error. Under jit, embeddings or logits are NaN
+    there, and positions wrap: `jaxkv.cache.budgets.plan` chooses a type for the length that it is told. Replayed tokens stand
+    behind the lasting ones, the n-th of each passage at the same place."""
+    far, learned = np.iinfo(np.int32).max, config.most_positions
     countable = min((np.iinfo(tier.positions.dtype).max for layer in state.layers for tier in layer.tiers), default=far)
     known = not any(isinstance(x, jax.core.Tracer) for x in (state.next_position, lasting, replay))
     if not known or learned is None and countable == far:
@@ -204,10 +214,8 @@ def _refuse_distant(state: State, lasting: Array, replay: Array | None, config: 
     stored = state.next_position + lasting.sum(axis=1)
     if int(stored.max()) > countable:
         raise ValueError(f"{stored.max()} positions are needed; tiers of this state count to {countable}; use int32")
-    if (
-        learned is not None
-        and (seen := int((stored if replay is None else stored + replay.max(axis=1)).max())) > learned
-    ):
+    seen = int((stored if replay is None else stored + replay.max(axis=1)).max())
+    if learned is not None and seen > learned:
         raise ValueError(f"{seen} positions are needed; the model has learned {learned}")
 
 

@@ -30,9 +30,10 @@ def store_all(
     out = list(layers)
     for (kind, _), indices in alike.items():
         mine, new = ([given[i] for i in indices] for given in (layers, news))
-        stored = _layers(store(_pool(mine, new), _join(new), context, config=config, kind=kind), mine)
-        for index, layer in zip(indices, stored, strict=True):
-            out[index] = layer
+        together = _join([dataclasses.replace(one, taps=None) for one in new])
+        stored = _layers(store(_pool(mine, new), together, context, config=config, kind=kind), mine)
+        for index, layer, one in zip(indices, stored, new, strict=True):
+            out[index] = dataclasses.replace(layer, taps=one.taps)
     return tuple(out)
 
 

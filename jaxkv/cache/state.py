@@ -39,8 +39,8 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
     if limits.shape != (len(spec), *tiers, batch):
         raise ValueError(f"limits must be [L, tiers, B] = {(len(spec), *tiers, batch)}, got {limits.shape}")
     longest = 0 if isinstance(lengths, jax.core.Tracer) else int(lengths.max())
-    if config.learned_positions is not None and longest > config.learned_positions:
-        raise ValueError(f"rows of {longest} tokens: the model has learned {config.learned_positions} positions")
+    if config.most_positions is not None and longest > config.most_positions:
+        raise ValueError(f"rows of {longest} tokens: the model has learned {config.most_positions} positions")
     layers = []
     for index, layer in enumerate(spec):
         check_tiers(index, layer, limits[index], longest)
@@ -53,7 +53,8 @@ def empty_state(config: DecoderConfig, spec: tuple[LayerSpec, ...], *, limits, l
         per_head = (batch, config.num_kv_heads, config.head_dim)
         balance = jnp.zeros(per_head, jnp.uint16) if wants_balance(layer) else None
         row = layer.policy.enter_row(shape, index)
-        layers.append(LayerState(tiers=built, row=row, policy=layer.policy, balance=balance, owner=owner))
+        taps = None if config.taps is None else jnp.zeros((batch, *config.taps), jnp.float32)
+        layers.append(LayerState(tiers=built, row=row, policy=layer.policy, balance=balance, owner=owner, taps=taps))
     return State(
         layers=tuple(layers),
         offsets=tuple(jnp.zeros((batch,), jnp.int32) for _ in spec[0].tiers),

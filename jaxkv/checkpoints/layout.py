@@ -72,6 +72,8 @@ def huggingface_names(config: DecoderConfig) -> dict[str, str]:
     for role in ("queries", "keys", "values"):  # of `variants`, with names of our own
         names[f"{role}_temperature"] = f"{layer}self_attn.{role}_temperature"
         names[f"{role}_temperature/hidden"] = f"{layer}self_attn.{role}_temperature.hidden"
+        names[f"{role}_convolution"] = f"{layer}self_attn.{role}_convolution"
+    names["distances"] = layer + "self_attn.distances"
     if config.model_type == "phi3":
         names |= {"qkv": layer + "self_attn.qkv_proj", "gate_up": layer + "mlp.gate_up_proj"}
     if config.sandwich_norms:
@@ -114,6 +116,10 @@ def _layer(config: DecoderConfig, names: Mapping[str, str], index: int) -> list[
         if bias:
             add((*path, "bias"), {key: (rows,) for key, rows in outputs.items()}, "bias")
 
+    def alike(owner: str, name: str, shape: tuple[int, ...]) -> None:
+        source = (f"{names[owner]}.{name}", shape)
+        found.append(Leaf((f"layers_{index}", "attention", owner, name), (source,), False))
+
     add(("attention_norm", "scale"), {"attention_norm": (hidden,)})
     add(("mlp_norm", "scale"), {"mlp_norm": (hidden,)})
     if config.sandwich_norms:
@@ -128,6 +134,8 @@ def _layer(config: DecoderConfig, names: Mapping[str, str], index: int) -> list[
     linear(("attention", "output"), {"output": hidden}, queries, config.output_bias)
     if config.ssa is not None:
         _temperatures(config, add, linear)
+    if config.rcmha is not None:
+        _distances_and_filters(config, alike, linear)
     if config.mlp_gate:
         linear(("mlp", "gate_up"), {"gate_up": 2 * wide} if "gate_up" in names else gate_up, hidden, config.mlp_bias)
     else:
@@ -150,6 +158,23 @@ def _temperatures(config: DecoderConfig, add: Any, linear: Any) -> None:
             linear((*path, "hidden"), {f"{owner}/hidden": config.hidden_size}, config.hidden_size, False)
         if "position" in terms:
             add((*path, "alpha"), {owner: (heads if ssa.alpha_per_head else 1,)}, "alpha")
+
+
+def _distances_and_filters(config: DecoderConfig, alike: Any, linear: Any) -> None:
+    """The leaves of `jaxkv.attention.rcmha`: all but the kernel of sinusoids are in files as they are in the tree."""
+    c, heads, size = config.rcmha, config.num_heads, config.head_dim
+    if c.convolution != "none":
+        for role, count in zip(("queries", "keys", "values"), (heads, *(config.num_kv_heads,) * 2), strict=True):
+            shape = (size,) if c.convolution == "shared" else (count, size)
+            alike(f"{role}_convolution", "filters", (c.width, *shape))
+            alike(f"{role}_convolution", "bias", shape)
+    if c.relative != "none":
+        alike("distances", "query_bias", (heads, size))
+    if c.relative == "learned":
+        alike("distances", "table", (heads, c.distances, size + 1))
+    if c.relative == "sinusoidal":
+        alike("distances", "distance_bias", (heads, size))
+        linear(("attention", "distances"), {"distances": heads * size}, config.hidden_size, False)
 
 
 def check_tensors(

@@ -14,15 +14,22 @@ from typing import Any
 from jaxkv.attention import ATTENTION
 from jaxkv.checkpoints.errors import CheckpointError
 from jaxkv.checkpoints.fields import check_fields
-from jaxkv.config import DecoderConfig, SsaConfig
+from jaxkv.config import DecoderConfig, RcmhaConfig, SsaConfig
 
 MODEL_TYPE, ARCHITECTURE = "jaxkv", "JaxkvForCausalLM"
 # Field of the section -> kind of value; "rope", of all layers, can only be "none". Absent: as the family has it.
 _KINDS = {
-    "model_type": "name", "attention": "name", "ssa": "object", "activation": "name", "mlp_gate": "flag",
+    "model_type": "name", "attention": "name", "ssa": "object", "rcmha": "object", "activation": "name", "mlp_gate": "flag",
     "learned_positions": "size", "rope": "name",
 }  # fmt: skip
-_USUAL = {"attention": "gqa", "ssa": None, "mlp_gate": True, "learned_positions": None}  # in every family
+_VARIANTS = {"ssa": SsaConfig, "rcmha": RcmhaConfig}  # fields that are sections of their own
+_USUAL = {
+    "attention": "gqa",
+    "ssa": None,
+    "rcmha": None,
+    "mlp_gate": True,
+    "learned_positions": None,
+}  # in every family
 _OURS = ("relu", "relu_squared")  # activations that none has
 _WHERE = "config.json section 'jaxkv'"
 
@@ -51,8 +58,9 @@ def join(family: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
     for name, usual in _USUAL.items():
         if getattr(config, name) != usual:
             section[name] = getattr(config, name)
-    if config.ssa is not None:
-        section["ssa"] = dataclasses.asdict(config.ssa)
+    for name in _VARIANTS:
+        if getattr(config, name) is not None:
+            section[name] = dataclasses.asdict(getattr(config, name))
     if config.activation in _OURS:
         section["activation"] = config.activation
     kinds = {layer.rope.kind for layer in config.layers}
@@ -91,18 +99,18 @@ def apply(family: DecoderConfig, section: Mapping[str, Any]) -> DecoderConfig:
     changes = {
         name: value for name, value in section.items() if name not in ("model_type", "rope") and value is not None
     }
-    attention, rope, ssa = changes.get("attention", "gqa"), section.get("rope"), changes.get("ssa")
+    attention, rope = changes.get("attention", "gqa"), section.get("rope")
     _check_attention(attention)
     if rope not in (None, "none"):
         raise CheckpointError(f"{_WHERE}: rope {rope!r} is not known; known: none")
-    if ssa is not None:
-        known = {field.name for field in dataclasses.fields(SsaConfig)}
-        _only(ssa, known, f"{_WHERE}, ssa")
-        if known - ssa.keys():
-            raise CheckpointError(f"{_WHERE}, ssa lacks {', '.join(sorted(known - ssa.keys()))}")
+    sections = {name: changes[name] for name in _VARIANTS if name in changes}
+    for name, given in sections.items():
+        known = {field.name for field in dataclasses.fields(_VARIANTS[name])}
+        _only(given, known, f"{_WHERE}, {name}")
+        if known - given.keys():
+            raise CheckpointError(f"{_WHERE}, {name} lacks {', '.join(sorted(known - given.keys()))}")
     try:
-        if ssa is not None:
-            changes["ssa"] = SsaConfig(**ssa)
+        changes |= {name: _VARIANTS[name](**given) for name, given in sections.items()}
         config = dataclasses.replace(family, **changes)
         return config if rope is None else _turned(config, "default", "none")
     except ValueError as error:

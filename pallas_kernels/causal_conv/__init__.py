@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.causal_conv import tpu, xla
 from pallas_kernels.dispatch import Implementation, call, takes_all
 
-__all__ = ["BACKWARD", "IMPLEMENTATIONS", "causal_conv", "step"]
+__all__ = ["BACKWARD", "IMPLEMENTATIONS", "carry", "causal_conv", "step"]
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.forward, tpu.why_not, platform="tpu"),
@@ -32,7 +32,7 @@ BACKWARD = {
 }
 
 
-def causal_conv(x, filters, bias, taps, *, valid=None, implementation: str | None = None):
+def causal_conv(x, filters, bias, taps, *, valid=None, segments=None, implementation: str | None = None):
     """Convolves tokens that follow on what `taps` has of earlier ones. Differentiable in the four arrays.
 
     Args:
@@ -40,12 +40,17 @@ def causal_conv(x, filters, bias, taps, *, valid=None, implementation: str | Non
       filters: [Kw, C]; with heads [Kw, H], shared by them, or [Kw, N, H]. bias: the same without Kw, or None.
       taps: [B, Kw - 1, C] or [B, N, Kw - 1, H], the last inputs before these, oldest first; None: zeros.
       valid: [B, T] bool; None: all.
+      segments: [B, T] int32: tokens meet those of their own segment, and -1 meets all and is met by all, as the taps are;
+        None: one segment. With segments XLA computes it; kernels count all tokens as neighbours.
     Returns: y like x, zeros where not valid; the taps after these tokens. Sums are in float32.
     Raises: ValueError for shapes that do not fit; NotImplementedError if a named implementation cannot take the case.
     """
     x4, filters3, bias2, taps4 = _with_heads(x, filters, bias, taps)
-    if valid is not None and valid.shape != (x.shape[0], x.shape[-2]):
-        raise ValueError(f"valid must be [B, T] = {(x.shape[0], x.shape[-2])}, got {valid.shape}")
+    for name, y in (("valid", valid), ("segments", segments)):
+        if y is not None and y.shape != (x.shape[0], x.shape[-2]):
+            raise ValueError(f"{name} must be [B, T] = {(x.shape[0], x.shape[-2])}, got {y.shape}")
+    if segments is not None and implementation not in (None, "xla"):
+        raise NotImplementedError(f"causal_conv: implementation {implementation!r} cannot take segments; use 'xla'")
     if valid is not None:
         rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1  # of a token among the valid ones
         count = rank[:, -1:] + 1
@@ -55,9 +60,13 @@ def causal_conv(x, filters, bias, taps, *, valid=None, implementation: str | Non
         order = jnp.zeros(valid.shape, jnp.int32).at[row, place].set(index, mode="drop")
         there = index < count
         x4 = _move(x4, order, there, rank, valid)
+        segments = None if segments is None else jnp.take_along_axis(segments, order, axis=1)
     else:
         count = jnp.full(x4.shape[:1] + (1,), x4.shape[2], jnp.int32)
-    y = _dense(x4, taps4, filters3, bias2, implementation)
+    if segments is None:
+        y = _dense(x4, taps4, filters3, bias2, implementation)
+    else:
+        y = xla.forward(x4, taps4, filters3, bias2, segments)
     left = _left(x4, taps4, count)
     if valid is not None:
         y = _move(y, rank, valid, order, there)
@@ -77,6 +86,17 @@ def step(x, filters, bias, taps, *, valid=None):
         valid = valid[:, None, None, None]
         y, left = jnp.where(valid, y, 0), jnp.where(valid, left, taps4)
     return y.reshape(x.shape), left.reshape(*left.shape[:1], *left.shape[4 - x.ndim :])
+
+
+def carry(taps, x, valid=None):
+    """The taps after reading x [B, T, C] behind taps [B, Kw - 1, C]: the last of both that are `valid` [B, T] (None: all)."""
+    valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+    width, rank = taps.shape[1], jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+    own = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], taps.shape[:2])
+    place = jnp.concatenate([own, jnp.where(valid, rank + width - 1, -1)], axis=1)
+    wanted = rank[:, -1:] + jnp.arange(width, dtype=jnp.int32)[None]
+    index = (place[:, None, :] == wanted[:, :, None]).argmax(axis=-1).astype(jnp.int32)
+    return jnp.take_along_axis(jnp.concatenate([taps, x], axis=1), index[..., None], axis=1)
 
 
 def _with_heads(x, filters, bias, taps):

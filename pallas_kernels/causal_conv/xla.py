@@ -9,11 +9,23 @@ def shifted(x, offset: int, length: int):
     return jax.lax.slice_in_dim(x, offset, offset + length, axis=2).astype(jnp.float32)
 
 
-def forward(x, taps, filters, bias):
-    """x [B, N, T, H], taps [B, N, Kw - 1, H], filters [Kw, M, H], bias [M, H] -> [B, N, T, H] in x's dtype. M = N or 1."""
-    read, length = jnp.concatenate([taps, x], axis=2), x.shape[2]
+def forward(x, taps, filters, bias, segments=None):
+    """x [B, N, T, H], taps [B, N, Kw - 1, H], filters [Kw, M, H], bias [M, H] -> [B, N, T, H] in x's dtype. M = N or 1.
+
+    segments [B, T] int32: tokens that each meets; see `causal_conv`.
+    """
+    read, length, last = jnp.concatenate([taps, x], axis=2), x.shape[2], len(filters) - 1
     wide = lambda f: f.astype(jnp.float32)[None, :, None]
-    total = sum(wide(f) * shifted(read, k, length) for k, f in enumerate(filters))
+
+    def met(k):
+        earlier = shifted(read, k, length)
+        if segments is None or k == last:
+            return earlier
+        theirs = jnp.pad(segments, ((0, 0), (last, 0)), constant_values=-1)[:, k : k + length]
+        met = (theirs == segments) | (theirs < 0) | (segments < 0)
+        return jnp.where(met[:, None, :, None], earlier, 0.0)
+
+    total = sum(wide(f) * met(k) for k, f in enumerate(filters))
     return (total + wide(bias)).astype(x.dtype)
 
 

@@ -9,7 +9,7 @@ class Source(NamedTuple):
     S] for t of them. finish: turns the weighted sum of these values [..., H] out of the basis that they are stored in.
     owner [B, P]: the head of each block row, see `owners`; None: row p is head p. The last source has a row per head.
 
-    bias [B, P, G, S] float32, for `decode_attention` only: added to scale * q·k before the cap; dead slots may hold NaN.
+    bias [B, P, G, S], or [B, P, G, t, S] for t queries, float32: added to scale * q·k before the cap; dead slots may hold NaN.
 
     Keys and values of `decode_attention` may be `Packed`.
     """

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, call, takes_all
 from pallas_kernels.extend_attention import tpu, xla
+from pallas_kernels.extend_attention.xla import at_distances, distance_logits
+
+__all__ = ["IMPLEMENTATIONS", "TierSource", "at_distances", "distance_logits", "extend_attention"]
 
 
 class TierSource(NamedTuple):
@@ -38,6 +41,7 @@ def extend_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    relative=None,
     row_statistic,
     merge,
     block: int = 128,
@@ -52,6 +56,8 @@ def extend_attention(
       queries [B, P, G, T, H]; keys, values [B, P, T, H] of the new tokens; rows that are not valid may hold anything.
       tiers: a TierSource each. Dead slots may hold NaN keys and any finite values.
       positions [B, T] int32; valid [B, T] bool; segments [B, T] int32 (-1 = global) or None: all one segment.
+      relative: None, or (r [B, P, G, T, C], table [P or 1, G or 1, R, C]): adds scale * r_i.table[d] to the logit of query i
+        and a key d positions behind it (before the cap); with `causal` only. R must cover the distances that can be seen.
       row_statistic: None, or (p [B, P, G, t, S] float32, visible [B, P, t, S] bool, live [B, P, t] int32,
         start int32, own bool) -> pytree with leaves [B, P, S, ...]: what query rows start..start+t say of each slot.
         own, static: whether the slots are the new tokens.
@@ -75,6 +81,7 @@ def extend_attention(
         window=window,
         scale=scale,
         softcap=softcap,
+        relative=relative,
         row_statistic=row_statistic,
         merge=merge,
         block=block,

@@ -18,6 +18,10 @@ def why_not(queries, keys, values, tiers, **options) -> str | None:
     sizes = {x.shape[-1] for x in (queries, values)} | {tier.source.queries.shape[-1] for tier in tiers}
     if max(sizes) > 256:
         return f"a block of heads of {max(sizes)} channels leaves no room; at most 256"
+    if options.get("relative") is not None:
+        return (
+            "its relative term counts keys in their order; of a cache, and of rows with pads, it must go by positions"
+        )
     if queries.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it computes in float32 and bfloat16, not {queries.dtype}"
     return None
@@ -25,7 +29,7 @@ def why_not(queries, keys, values, tiers, **options) -> str | None:
 
 def extend_attention(
     queries, keys, values, tiers, *, positions, valid, segments, causal, window, scale, softcap, row_statistic, merge, block,
-    kernels,
+    kernels, relative=None,
 ):  # fmt: skip
     """kernels: the implementation of flash attention."""
     tiers, heads = tuple(tiers), keys.shape[1]
