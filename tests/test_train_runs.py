@@ -187,6 +187,10 @@ def test_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
         (("--evaluation.prompt", "xyz"), "evaluation.prompt 'xyz' has characters that the tokenizer lacks"),
         (("--evaluation.tokens", "31"), "take 33 positions, the model has 32"),
         (("--evaluation.cache", "lru"), "unknown cache 'lru'"),
+        (
+            ("--evaluation.cache", "recency", "--evaluation.budget", "4", "--evaluation.tokens", "28"),
+            "evaluation.budget: budget 4 gives 4 tokens",
+        ),
         (("--compute.data", "3", "--compute.fsdp", "1"), "does not fit 1 device"),
         (("--model.vocab_size", "99"), "vocabulary of 99, the tokenizer one of 6"),
         (("--optimizer.frozen", "*"), "leaves nothing to train"),

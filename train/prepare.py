@@ -147,7 +147,7 @@ def _tokenizer(recipe, texts, base, resumes) -> Tokenizer:
 
 
 def _check_sample(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer) -> None:
-    from jaxkv.cache.budgets import parse_budget
+    from jaxkv.cache.budgets import parse_budget, plan
     from jaxkv.presets import make_preset
 
     asked = recipe.evaluation
@@ -165,6 +165,10 @@ def _check_sample(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer) -
             f"evaluation.prompt and evaluation.tokens take {len(ids) + asked.tokens} positions, the model has"
             f" {config.max_positions}; lower evaluation.tokens"
         )
+    try:
+        plan(config, asked.cache, asked.budget, lengths=[len(ids) + asked.tokens], dtype="float32")
+    except ValueError as error:
+        raise TrainError(f"evaluation.cache and evaluation.budget: {error}") from error
 
 
 def _state_shapes(recipe, config, flat, schedule):
