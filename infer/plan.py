@@ -149,7 +149,8 @@ def prompt_shapes(case: Case) -> dict:
     if not case.planned.preset.policy.needs_replay:
         length = slot_grid(case.context)
         return {"tokens": shape(jnp.int32, length), "valid": shape(jnp.bool_, length)}
-    laid = with_replay([[0] * case.context], start=0, window=case.config.max_positions, repeat=[], grid=slot_grid)
+    window, table = case.config.max_positions, case.config.most_positions
+    laid = with_replay([[0] * case.context], start=0, window=window, table=table, repeat=[], grid=slot_grid)
     return {name: shape(x.dtype, x.shape[1]) for name, x in laid.items()}
 
 

@@ -55,7 +55,9 @@ def read(params, rows: list[list[int]], state: State, *, config, repeat: list[in
     more = {}
     if repeat is not None and any(layer.policy.needs_replay for layer in state.layers):
         start = int(state.next_position.max())
-        more = with_replay(rows, start=start, window=config.max_positions, repeat=repeat, grid=slot_grid)
+        more = with_replay(
+            rows, start=start, window=config.max_positions, table=config.most_positions, repeat=repeat, grid=slot_grid
+        )
         more = {name: jnp.asarray(x) for name, x in more.items()}
         tokens, valid = more.pop("tokens"), more.pop("valid")
     hidden, state = extend(params, tokens, state, config=config, valid=valid, progress=progress, **more)

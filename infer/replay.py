@@ -6,7 +6,9 @@
 
 One `extend` does it, layer by layer, so that no full cache of all layers ever exists. Each chunk sees the whole context
 and itself, and stands directly behind the context. Where that would reach past the model's window, chunks get shorter,
-down to `LEAST` tokens; beyond that they do stand past it, where only RoPE's own extrapolation serves.
+down to `LEAST` tokens; beyond that they do stand past it, where only RoPE's own extrapolation serves. Past a table of
+positions nothing serves: there chunks are as short as they must be, and simply read again where asking would take more than
+half of each; a row that fills the table is not read again.
 """
 
 import numpy as np
@@ -19,17 +21,23 @@ def repeat_prompt(tokenizer) -> list[int]:
     return [] if tokenizer is None else list(tokenizer.encode("\n\nRepeat the previous context exactly.\n\n"))
 
 
-def with_replay(rows: list[list[int]], *, start: int, window: int, repeat: list[int], grid) -> dict[str, np.ndarray]:
+def with_replay(
+    rows: list[list[int]], *, start: int, window: int, table: int | None, repeat: list[int], grid
+) -> dict[str, np.ndarray]:
     """Rows of ids, each followed by its replay.
 
-    Args: start: positions before these rows. window: of the model. repeat: ids in front of each chunk. grid: length ->
-      padded length.
+    Args: start: positions before these rows. window: of the model. table: positions that it has learned, None = any
+      (`DecoderConfig.most_positions`). repeat: ids in front of each chunk. grid: length -> padded length.
     Returns: tokens [B, T] int32, valid [B, T] bool, segments and replay [B, T] int32; what `extend` takes.
     """
     laid = []
     for row in rows:
-        size = min(CHUNK, max(LEAST, window - start - len(row) - len(repeat)))
-        chunks = [[*repeat, *row[at : at + size]] for at in range(0, len(row), size)]
+        ask, behind = repeat, start + len(row)
+        size = min(CHUNK, len(row), max(LEAST, window - behind - len(ask)))
+        if table is not None and behind + len(ask) + size > table:
+            ask = ask if 2 * len(ask) <= table - behind else []
+            size = table - behind - len(ask)
+        chunks = [[*ask, *row[at : at + size]] for at in range(0, len(row), size)] if size > 0 else []
         laid.append([(row, -1, False), *((chunk, number, True) for number, chunk in enumerate(chunks))])
     length = grid(max(sum(len(part) for part, _, _ in parts) for parts in laid))
     out = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "segments", "replay")}

@@ -9,9 +9,11 @@ import pytest
 import tolerances
 from cache_harness import PARAMS, PLAIN, SLOTS, new_state, small, spec_of
 
+from infer import prefill
 from jaxkv import decoder
 from jaxkv.cache import concat, decode, empty_state, extend, forward
 from jaxkv.checkpoints import open_checkpoint, save
+from jaxkv.quantization.base import from_bits
 
 TABLE = 40
 CONFIG = dataclasses.replace(PLAIN, learned_positions=TABLE, max_positions=TABLE)
@@ -70,6 +72,17 @@ def test_positions_beyond_the_table_are_refused():
         dataclasses.replace(CONFIG, max_positions=41)
     with pytest.raises(ValueError, match="give them"):
         decoder.embed(LEARNED, too_many, config=CONFIG)
+
+
+@pytest.mark.parametrize("length", [36, 39, TABLE])
+def test_a_replay_near_the_tables_end(length):
+    """The context is read again in passages that fit, if it leaves room for any."""
+    state = new_state(small("kvzip"), ((SLOTS,),), CONFIG)
+    hidden, state = prefill.read(LEARNED, [TOKENS[:length].tolist()], state, config=CONFIG, repeat=[1, 2])
+    np.testing.assert_allclose(hidden[0], expected(length)[-1], rtol=0, atol=tolerances.HIDDEN)
+    assert int(state.next_position[0]) == length
+    seen = np.unique(np.asarray(from_bits(state.layers[0].tiers[0].slots["attention"])))
+    assert (len(seen) > 1) == (length < TABLE)
 
 
 def test_without_rotary_positions_only_order_of_sight_counts():

@@ -34,7 +34,18 @@ from rcmha_harness import (
 from test_tiers import limits_of, options, store
 
 from jaxkv import decoder
-from jaxkv.cache import compress, concat, drop, empty_state, extend, fingerprint, forward, pack_state, unpack_state
+from jaxkv.cache import (
+    StateFileError,
+    compress,
+    concat,
+    drop,
+    empty_state,
+    extend,
+    fingerprint,
+    forward,
+    pack_state,
+    unpack_state,
+)
 from jaxkv.causal import causal_forward
 from jaxkv.policies import Full
 
@@ -213,6 +224,23 @@ def test_compress_and_files(rcmha):
     np.testing.assert_allclose(hiddens[0], hiddens[1], rtol=0, atol=tolerances.HIDDEN)
     np.testing.assert_array_equal(hiddens[0], hiddens[2])
     assert not full.layers[0].taps.is_deleted()
+
+
+def test_saved_taps_that_do_not_fit_are_refused():
+    config = with_rcmha(MIXED, DEFAULT)
+    data = pack_state(new_state(small("h2o"), ROOM, config), model="m", extra={})
+    load = lambda data, config: unpack_state(data, config=config, model="m", where="here")
+    assert load(data, config)[0].layers[1].taps.shape == (2, *config.taps)
+    wider = with_rcmha(MIXED, dataclasses.replace(DEFAULT, width=DEFAULT.width + 1))
+    with pytest.raises(
+        StateFileError, match=r"here: .*taps should be float32 \(2, 3, 64\), it is float32 \(2, 2, 64\)"
+    ):
+        load(data, wider)
+    with pytest.raises(StateFileError, match=r"here: holds \.layers\[0\]\.taps, which a state of this model has not"):
+        load(data, MIXED)
+    plain = pack_state(new_state(small("h2o"), ROOM, MIXED), model="m", extra={})
+    with pytest.raises(StateFileError, match=r"taps should be float32 \(2, 2, 64\), it is missing"):
+        load(plain, config)
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from jaxkv.quantization.base import from_bits, to_bits
 
 
 def lay(rows, **options):
-    return with_replay(rows, **{"start": 0, "window": 8192, "repeat": [7, 8], "grid": lambda n: n} | options)
+    return with_replay(
+        rows, **{"start": 0, "window": 8192, "table": None, "repeat": [7, 8], "grid": lambda n: n} | options
+    )
 
 
 def test_by_hand():
@@ -37,6 +39,20 @@ def test_near_the_windows_end_chunks_get_shorter_down_to_a_floor():
     assert reach(lay([row], start=600, window=2000), 600) == 2000
     assert lay([row], start=900, window=2000)["replay"].max() == LEAST + 2
     assert {int(x) for x in np.unique(lay([row], start=600, window=2000)["segments"])} == {-1, 0, 1, 2}
+
+
+def test_nothing_stands_behind_a_table_of_positions():
+    """Chunks are as short as they must be; asking is left out where it would take more than half, or all."""
+    row = list(range(100))
+    for room, size, ask in ((300, 100, 2), (102, 100, 2), (20, 18, 2), (4, 2, 2), (3, 3, 0), (1, 1, 0)):
+        out = lay([row], start=7, window=200, table=107 + room)
+        passages = np.split(out["tokens"][0, 100:], np.flatnonzero(out["replay"][0, 100:] == 1)[1:])
+        assert out["replay"].max() == size + ask <= room
+        assert all(x[:ask].tolist() == [7, 8][:ask] for x in passages)
+        assert np.concatenate([x[ask:] for x in passages]).tolist() == row
+    out = lay([row, [1]], start=7, window=200, table=107)
+    assert lay([[1]], start=7, window=200, table=11)["tokens"].tolist() == [[1, 7, 8, 1]]
+    assert out["replay"].max(axis=1).tolist() == [0, 3] and out["valid"].sum(axis=1).tolist() == [100, 4]
 
 
 @pytest.mark.parametrize("vote", [0.01, 0.003, 0.0])

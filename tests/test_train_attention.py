@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tolerances
 
 import infer
 from jaxkv.config import SsaConfig
 from train.config import Data, Evaluation, Logging, Lora, Model, Optimizer, Rcmha, Recipe, TrainError
 from train.fields import override
-from train.loop import train
+from train.loop import _report, train
 from train.optimizer import flatten, make_optimizer
 from train.prepare import prepare
 
@@ -168,3 +169,39 @@ def test_refusals_of_rcmha(text, tmp_path, alphabet):
         make(text, tmp_path, Model(base=str(alphabet), attention="rcmha"), lora=Lora(rank=2))
     with pytest.raises(TrainError, match="model.rope is that of the base checkpoint"):
         Model(base=str(alphabet), rope="none")
+
+
+def test_a_table_of_positions_is_not_multiplied_by(text, tmp_path):
+    prepared = prepare(arm_of(text, tmp_path / "run", "MHA"))
+    assert prepared.shapes.trained["positions/embedding"].shape == (32, 16)
+    (tmp_path / "run").mkdir()
+    counts = []
+    flops = lambda config, *, trained, frozen, **_: counts.append((trained, frozen)) or 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.step_flops", flops)
+        _report(prepared, 0, True).close()
+    layer = 16 * 3 * 16 + 16 * 16 + 16 * 2 * 24 + 24 * 16
+    assert counts == [(layer + 16 * prepared.config.vocab_size, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ssa", "rcmha"])
+def test_adapters_on_a_checkpoint_with_more_than_plain_attention(text, tmp_path, name):
+    """They train its kernels, those of temperatures and sinusoids among them; the rest of what it added stays as it is."""
+    more = {"ssa": "--model.ssa.keys token", "rcmha": "--model.rcmha.relative sinusoidal"}[name]
+    start = override(make(text, tmp_path / "base", Model(**SMALL)), f"--model.attention {name} {more}".split())
+    base = str(train(prepare(start), quiet=True).model)
+    recipe = make(text, tmp_path / "run", Model(base=base), lora=Lora(rank=2))
+    prepared = prepare(recipe)
+    own = {"ssa": "_temperature/kernel.lora_a", "rcmha": "distances/kernel.lora_a"}[name]
+    assert any(path.endswith(own) for path in prepared.shapes.trained)
+    result = train(prepared, quiet=True)
+    before, after = infer.load(base), infer.load(result.model)
+    adapted = infer.load(base, adapter=tmp_path / "run" / "adapter")
+    ids = [[1, 2, 3, 4]]
+    np.testing.assert_allclose(
+        adapted.logits(ids), after.logits(ids), rtol=tolerances.ADAPTED_LOGITS, atol=tolerances.ADAPTED_LOGITS
+    )
+    old, new = flatten(before.params), flatten(after.params)
+    moved = {path for path in old if (np.asarray(old[path]) != np.asarray(new[path])).any()}
+    assert moved == {path.removesuffix(".lora_a") for path in prepared.shapes.trained if path.endswith(".lora_a")}

@@ -188,8 +188,13 @@ def test_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
         (("--evaluation.tokens", "31"), "take 33 positions, the model has 32"),
         (("--evaluation.cache", "lru"), "unknown cache 'lru'"),
         (
-            ("--evaluation.cache", "recency", "--evaluation.budget", "4", "--evaluation.tokens", "28"),
-            "evaluation.budget: budget 4 gives 4 tokens",
+            ("--evaluation.cache", "full", "--evaluation.budget", "5"),
+            "evaluation.cache 'full' with evaluation.budget 5: .*full",
+        ),
+        (("--evaluation.budget", "1"), "evaluation.cache 'recency' with evaluation.budget 1: .*the least is 5 tokens"),
+        (
+            ("--evaluation.budget", "9B"),
+            "evaluation.cache 'recency' with evaluation.budget 9B: .*the least is 5 tokens",
         ),
         (("--compute.data", "3", "--compute.fsdp", "1"), "does not fit 1 device"),
         (("--model.vocab_size", "99"), "vocabulary of 99, the tokenizer one of 6"),

@@ -141,7 +141,7 @@ def _start(prepared: Prepared, checkpoints: Checkpoints):
 def _report(prepared: Prepared, start: int, quiet: bool) -> Report:
     recipe, shapes = prepared.recipe, prepared.shapes
     matrices = lambda shapes: sum(
-        x.size for path, x in shapes.items() if x.ndim == 2 and not path.startswith("embedder")
+        x.size for path, x in shapes.items() if x.ndim == 2 and not path.endswith("/embedding")
     )
     tokens = recipe.batch * recipe.sequence
     return Report(

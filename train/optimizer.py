@@ -117,8 +117,8 @@ def _promoting(function):
 
 
 def make_optimizer(optimizer: Optimizer, schedule: optax.Schedule, trained) -> optax.GradientTransformation:
-    """The chain over the flat dict of trained parameters (arrays or shapes): clip, Adam, decay of matrices but temperatures',
-    rates.
+    """The chain over the flat dict of trained parameters (arrays or shapes): clip, Adam, decay of matrices but those of
+    `no_decay`, rates.
 
     Raises: TrainError for a group that no parameter belongs to.
     """

@@ -151,7 +151,7 @@ def _check_sample(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer) -
     from jaxkv.presets import make_preset
 
     asked = recipe.evaluation
-    make_preset(asked.cache)
+    preset = make_preset(asked.cache)
     parse_budget(asked.budget)
     if not asked.tokens:
         return
@@ -166,9 +166,10 @@ def _check_sample(recipe: Recipe, config: DecoderConfig, tokenizer: Tokenizer) -
             f" {config.max_positions}; lower evaluation.tokens"
         )
     try:
-        plan(config, asked.cache, asked.budget, lengths=[len(ids) + asked.tokens], dtype="float32")
+        dtype = recipe.compute.dtype if recipe.lora.rank else "float32"
+        plan(config, preset, asked.budget, lengths=[len(ids) + asked.tokens], dtype=dtype)
     except ValueError as error:
-        raise TrainError(f"evaluation.cache and evaluation.budget: {error}") from error
+        raise TrainError(f"evaluation.cache {asked.cache!r} with evaluation.budget {asked.budget}: {error}") from error
 
 
 def _state_shapes(recipe, config, flat, schedule):

@@ -74,7 +74,7 @@ def extend(
             raise ValueError(f"{name} must be [B, T] = {(batch, length)}, got {array.shape}")
     lasting = valid if replay is None else valid & (replay == 0)
     _refuse_overflow(state, lasting & candidates, config)
-    _refuse_distant(state, lasting, replay, config)
+    _refuse_distant(state, lasting, None if replay is None else jnp.where(valid, replay, 0), config)
     outer = {name: params[name] for name in ("embedder", "positions", "head") if name in params}
     x, context = _begin(
         outer, tokens, state.offsets, state.rotary, state.next_position, valid, candidates, segments, replay,
@@ -203,9 +203,9 @@ def _is_fresh(state: State) -> bool:
 
 
 def _refuse_distant(state: State, lasting: Array, replay: Array | None, config: DecoderConfig) -> None:
-    """Positions beyond a table of learned ones, or what a tier can count, are an error. Under jit, embeddings or logits are NaN
-    there, and positions wrap: `jaxkv.cache.budgets.plan` chooses a type for the length that it is told. Replayed tokens stand
-    behind the lasting ones, the n-th of each passage at the same place."""
+    """Positions beyond a table of learned ones, or what a tier can count, are an error. Under jit, embeddings or logits are
+    NaN there, and positions wrap: `jaxkv.cache.budgets.plan` chooses a type for the length that it is told. Replayed tokens
+    stand behind the lasting ones, the n-th of each passage at the same place, and are not stored."""
     far, learned = np.iinfo(np.int32).max, config.most_positions
     countable = min((np.iinfo(tier.positions.dtype).max for layer in state.layers for tier in layer.tiers), default=far)
     known = not any(isinstance(x, jax.core.Tracer) for x in (state.next_position, lasting, replay))
@@ -214,9 +214,9 @@ def _refuse_distant(state: State, lasting: Array, replay: Array | None, config: 
     stored = state.next_position + lasting.sum(axis=1)
     if int(stored.max()) > countable:
         raise ValueError(f"{stored.max()} positions are needed; tiers of this state count to {countable}; use int32")
-    seen = int((stored if replay is None else stored + replay.max(axis=1)).max())
-    if learned is not None and seen > learned:
-        raise ValueError(f"{seen} positions are needed; the model has learned {learned}")
+    seen = stored if replay is None else stored + replay.max(axis=1)
+    if learned is not None and int(seen.max()) > learned:
+        raise ValueError(f"{seen.max()} positions are needed; the model has learned {learned}")
 
 
 def _refuse_overflow(state: State, storing: Array, config: DecoderConfig) -> None:

@@ -90,6 +90,8 @@ def unpack_state(data: bytes, *, config: DecoderConfig, model: str, where: str) 
         found = arrays.get(name)
         if found is None or (found.shape, found.dtype) != (shape.shape, shape.dtype):
             raise refuse(f"{name} should be {shape.dtype} {shape.shape}, it is {_kind(found)}")
+    if unknown := arrays.keys() - wanted.keys():
+        raise refuse(f"holds {min(unknown)}, which a state of this model has not")
     state = jax.tree.unflatten(jax.tree.structure(shapes), [jnp.asarray(arrays[name]) for name in wanted])
     return state, json.loads(metadata["extra"])
 

@@ -41,7 +41,8 @@ def causal_conv(x, filters, bias, taps, *, valid=None, segments=None, implementa
       taps: [B, Kw - 1, C] or [B, N, Kw - 1, H], the last inputs before these, oldest first; None: zeros.
       valid: [B, T] bool; None: all.
       segments: [B, T] int32: tokens meet those of their own segment, and -1 meets all and is met by all, as the taps are;
-        None: one segment. With segments XLA computes it; kernels count all tokens as neighbours.
+        None: one segment. A segment is meant to be of one piece: where one goes on behind less than Kw - 1 tokens of
+        another, these count as zeros. With segments XLA computes it; kernels count all tokens as neighbours.
     Returns: y like x, zeros where not valid; the taps after these tokens. Sums are in float32.
     Raises: ValueError for shapes that do not fit; NotImplementedError if a named implementation cannot take the case.
     """
