@@ -55,9 +55,7 @@ def test_one_sampling_per_prompt(lm):
         lm.generate([PROMPT] * 3, sampling=ways[:2])
 
 
-@pytest.mark.parametrize(
-    ("cache", "budget"), [("full", None), ("h2o", 24), pytest.param("rotated-3", 48, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("cache", "budget"), [("h2o", 24), pytest.param("rotated-3", 48, marks=pytest.mark.slow)])
 def test_generation_by_the_kernels(lm, cache, budget):
     """The TPU's kernels, interpreted, read the prompt and every token, and what they write is read again."""
     by_kernels = model(kernels="interpret")
