@@ -131,9 +131,13 @@ def _read_stored(tier, slot, groups, kernels):
 
 
 def _write_stored(tier, new, slot, groups, kernels):
-    """`_stored` with `new`, which `_read_stored` might have read, at a slot."""
+    """`_stored` with `new` at a slot: one entry or one group of each, channels last."""
     arrays, axes = _stored(tier)
-    write = functools.partial(write_slot, axes=axes, groups=groups, implementation=kernels)
+
+    def write(arrays, new, slot):  # what is turned is a part, not all of them for each
+        new = tuple(x if axis == 2 else jnp.swapaxes(x, 2, 3) for x, axis in zip(new, axes, strict=True))
+        return write_slot(arrays, new, slot, axes=axes, groups=groups, implementation=kernels)
+
     if not _is_pooled(tier):
         return write(tuple(arrays), tuple(new), slot)
     parts = (zip(*arrays, strict=True), zip(*(apart(x, arrays[0]) for x in new), strict=True), apart(slot, arrays[0]))
@@ -326,12 +330,10 @@ def _insert_one(tier, entries, scores, displace, kernels):
 
 
 def _encoded(tier, entries):
-    """One entry, or one group, as `_stored` keeps it."""
-    arrays, axes = _stored(tier)
-    types = [jax.tree.leaves(x)[0].dtype for x in arrays]
+    """One entry, or one group, as `_stored` keeps it, channels last."""
+    types = [jax.tree.leaves(x)[0].dtype for x in _stored(tier)[0]]
     new = [x for side in (0, 1) for e in [_encode(tier, side, entries)] for x in (e.codes, *e.factors)]
-    turned = (x if axis == 2 else jnp.swapaxes(x, 2, 3) for x, axis in zip(new, axes, strict=True))
-    return [x.astype(dtype) for x, dtype in zip(turned, types, strict=True)]
+    return [x.astype(dtype) for x, dtype in zip(new, types, strict=True)]
 
 
 def _slot_for(tier, entries, scores):
