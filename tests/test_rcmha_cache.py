@@ -109,7 +109,7 @@ def test_counting_pads_is_seen():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiers", ["bf16 over int4", "balanced keys"])
+@pytest.mark.parametrize("tiers", ["bf16 over int4", "balanced under rotation"])
 def test_tiers(tiers):
     config = with_rcmha(MIXED)
     params, wide = stirred(config)
