@@ -58,9 +58,6 @@ COVERS = (  # the lists of each have every scheme between them; policies take tu
     ("balanced under rotation", "int8 over int2", "groups between", "groups"),
 )
 PAIRS = [(name, tiers) for i, name in enumerate(EVICTING) for tiers in COVERS[i % len(COVERS)]]
-COARSE_TIES = [
-    (name, "three down") for name in ("recency", "expected-attention")
-]  # of int2 or fp8, which left: another seed
 QUICK = [(name, tiers) for name, tiers in PAIRS if not tiers.startswith("groups")][::6]
 
 
@@ -145,14 +142,14 @@ def store_of(schemes):
 
 @every_pair
 def test_against_the_reference(name, tiers):
-    case, results = ran(name, tiers, seed=1 if (name, tiers) in COARSE_TIES else 0)
+    case, results = ran(name, tiers)
     check_promises(small(name), case, results, MIXED)
     decided = 0
     for row in range(B):
         same, margin = check_oracle(small(name), case, results, MIXED, row, stored=store(tiers), ties=TIES)
         assert same or margin < tolerances.STORED_MARGIN, f"row {row}, margin {margin}"
         decided += same
-    assert decided >= B - 2  # the others kept the same, and their numbers within a rounded tie
+    assert decided >= B - 2  # the others kept the same, up to a tie
 
 
 @pytest.mark.parametrize(
