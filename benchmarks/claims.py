@@ -9,8 +9,9 @@ models on other tasks. Questions are asked after the context is compressed, whic
 import dataclasses
 
 from common import record
-from quality import answered, command, evaluated, options
+from quality import command, evaluated, options
 
+from infer.evaluate.report import answered
 from jaxkv.presets import PRESETS, tiers
 
 

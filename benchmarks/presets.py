@@ -11,9 +11,10 @@ import pathlib
 
 import numpy as np
 from common import record
-from quality import answered, command, evaluated, options
+from quality import command, evaluated, options
 
 from infer.evaluate import metrics
+from infer.evaluate.report import answered
 from jaxkv.presets import PRESETS
 
 SAME = ("full", "streaming", "scissorhands-reference")  # no rival; `recency` and `scissorhands` stand for the other two

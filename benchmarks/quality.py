@@ -62,12 +62,6 @@ def command(parser, given, script) -> str:
     return " ".join([f"python benchmarks/{script}", *(f"--{k} '{v}'" for k, v in shown.items())])
 
 
-def answered(row) -> tuple[int, int]:
-    """Right answers of a row, and all, over its tasks."""
-    found = [one for answers in row["answers"].values() for one in answers]
-    return sum(found), len(found)
-
-
 def evaluated(given, caches, budgets) -> list[dict]:
     """Rows of `infer.evaluate.evaluate_seeds`, as the options say."""
     return evaluate_seeds(

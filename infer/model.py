@@ -23,6 +23,7 @@ from jaxkv.cache.budgets import Plan, plan
 from jaxkv.checkpoints import Checkpoint, add_adapters, open_checkpoint
 from jaxkv.policies import Policy
 from jaxkv.presets import Preset, make_preset
+from pallas_kernels import decode_attention, extend_attention, slots
 from pallas_kernels.decode_attention import slot_multiple
 
 
@@ -41,7 +42,11 @@ class Completion:
     stats: dict[str, Any]
 
 
-KERNELS = ("xla", "tpu", "interpret")
+KERNELS = tuple(  # what all operations on the cache have
+    name
+    for name in decode_attention.IMPLEMENTATIONS
+    if name in extend_attention.IMPLEMENTATIONS and name in slots.IMPLEMENTATIONS
+)
 
 
 def load(
@@ -52,7 +57,8 @@ def load(
 
     Args: dtype of parameters, computation and cache: "float32" or "bfloat16". revision, token, offline: for an id. adapter: a
       folder of LoRA adapters as PEFT or `train` write them, added to the parameters. kernels: what reads and writes the cache,
-      "xla", "tpu" or "interpret" (the TPU's kernels as ordinary operations, slow); None: as the platform chooses.
+      "xla", "tpu" or "interpret" (the TPU's kernels as ordinary operations, slow); None: as the platform chooses. Slots that
+      are written in groups (KIVI) are XLA's everywhere.
     Raises: jaxkv.checkpoints.CheckpointError, ValueError: what was given, and what is accepted.
     """
     check_kernels(kernels)

@@ -138,7 +138,7 @@ def write_picture(
 
 def _line(axes: Any, rows: Sequence[Row], value: Any, style: dict[str, Any]) -> None:
     """value: row -> (value, low, high) or None."""
-    points = [(row["bytes"] / 2**20, *value(row)) for row in rows if value(row) is not None]
+    points = [(row["bytes"] / 2**20, *found) for row in rows if (found := value(row)) is not None]
     if points:
         x, y, low, high = zip(*points, strict=True)
         bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
@@ -153,5 +153,11 @@ def _kl(row: Row) -> tuple[float, float, float] | None:
 
 
 def _right(row: Row) -> tuple[float, float, float] | None:
-    answers = [one for found in row["answers"].values() for one in found]
-    return (sum(answers) / len(answers), *metrics.wilson(sum(answers), len(answers))) if answers else None
+    right, asked = answered(row)
+    return (right / asked, *metrics.wilson(right, asked)) if asked else None
+
+
+def answered(row: Row) -> tuple[int, int]:
+    """Right answers of a row, and all, over its tasks."""
+    found = [one for answers in row["answers"].values() for one in answers]
+    return sum(found), len(found)

@@ -10,6 +10,7 @@ from jaxkv.config import DecoderConfig
 from jaxkv.quantization import get_scheme
 from jaxkv.rope import angles, rotate
 from jaxkv.types import Array, Encoded, State, Tier
+from pallas_kernels.causal_conv import carry
 from pallas_kernels.decode_attention.owners import to_rows
 
 
@@ -129,9 +130,7 @@ def _join_taps(first: Array | None, second: Array | None, count: Array) -> Array
     if first is None or second is None:
         return None
     width = first.shape[1]
-    read = jnp.minimum(count, width)[:, None]
-    index = jnp.arange(width, dtype=jnp.int32)[None] + jnp.where(jnp.arange(width)[None] < width - read, read, width)
-    return jnp.take_along_axis(jnp.concatenate([first, second], axis=1), index[..., None], axis=1)
+    return carry(first, second, jnp.arange(width)[None] >= width - count[:, None])
 
 
 def _same_owner(a: Array | None, b: Array | None) -> bool:

@@ -107,10 +107,11 @@ def _rows(slot):
 
 def _stored(tier):
     """Codes and factors of keys and values, and at which axis the slots of each lie."""
-    of = lambda side: (tier.keys, tier.values)[side]
-    arrays = [x for side in (0, 1) for x in (of(side).codes, *of(side).factors)]
-    axes = tuple(a for side in (0, 1) for a in (_slot_axis(tier, side), *(3 for _ in of(side).factors)))
-    return arrays, axes
+    arrays, axes = [], []
+    for side, encoded in enumerate((tier.keys, tier.values)):
+        arrays += [encoded.codes, *encoded.factors]
+        axes += [_slot_axis(tier, side), *(3 for _ in encoded.factors)]
+    return arrays, tuple(axes)
 
 
 def _with_stored(tier, arrays):
@@ -294,7 +295,7 @@ def _insert_one(tier, entries, scores, displace, kernels):
     donation."""
     granule = granule_of(tier)
     slots = tier.positions.shape[-1] // granule
-    kernels = kernels if granule == 1 else None  # groups are XLA's everywhere
+    kernels = kernels if granule == 1 else "xla"  # groups are XLA's everywhere
 
     def decide(entries):
         """The slot that each block row takes, what goes down, and what goes in."""

@@ -92,10 +92,12 @@ def _write_kernel(slot_ref, *refs, axes, slots):
 
 
 def _cost(arrays, axes, times):
-    """Bytes that one call moves."""
-    tiles = [x.size // x.shape[axis] * _tile(x, axis) * x.dtype.itemsize for x, axis in zip(arrays, axes, strict=True)]
-    ones = [x.size // x.shape[axis] * x.dtype.itemsize for x, axis in zip(arrays, axes, strict=True)]
-    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=sum(tiles) * times + sum(ones))
+    """Of one call that moves each tile so many times, and one slot of it."""
+    moved = sum(
+        x.size // x.shape[axis] * x.dtype.itemsize * (_tile(x, axis) * times + 1)
+        for x, axis in zip(arrays, axes, strict=True)
+    )
+    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved)
 
 
 def _where_they_lie(arrays, interpret):
