@@ -70,7 +70,7 @@ def test_generation_by_the_kernels(lm, cache, budget):
 def test_kernels_of_another_platform():
     with pytest.raises(ValueError, match="kernels 'tpu' need a TPU, and JAX runs on cpu here; 'interpret' runs"):
         infer.load("smollm2", kernels="tpu")
-    with pytest.raises(ValueError, match="kernels 'cuda' are not known; accepted: xla, tpu, interpret"):
+    with pytest.raises(ValueError, match="kernels 'cuda' are not known; accepted: tpu, interpret, xla"):
         infer.load("smollm2", kernels="cuda")
 
 
