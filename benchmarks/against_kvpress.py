@@ -54,7 +54,7 @@ def main():
             known += evaluate(
                 lm, text=text, caches=todo, budgets=[f"{share:.2%}" for share in SHARES], tasks=TASKS,
                 context=arguments.context, next_tokens=128, excerpts=arguments.excerpts, samples=samples,
-                seed=arguments.seed, progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
+                seeds=[arguments.seed], progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
             )  # fmt: skip
             mine.write_text(json.dumps(known))
         theirs = arguments.folder / f"peers-{number}.json"

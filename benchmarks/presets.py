@@ -17,7 +17,7 @@ from infer.evaluate import metrics
 from infer.evaluate.report import answered
 from jaxkv.presets import PRESETS
 
-SAME = ("full", "streaming", "scissorhands-reference")  # no rival; `recency` and `scissorhands` stand for the other two
+SAME = ("full", "streaming", "scissorhands-reference", "kivi")  # no rival; others stand for the last three
 OTHERS = [name for name in PRESETS if name != "auto" and name not in SAME]
 
 

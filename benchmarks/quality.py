@@ -12,7 +12,7 @@ import pathlib
 from common import questions, record
 
 import infer
-from infer.evaluate import PROTOCOLS, evaluate_seeds
+from infer.evaluate import PROTOCOLS, evaluate
 from infer.texts import load_text
 
 CACHES = "full,auto,kvzip,h2o,scissorhands,recency,random"
@@ -63,8 +63,8 @@ def command(parser, given, script) -> str:
 
 
 def evaluated(given, caches, budgets) -> list[dict]:
-    """Rows of `infer.evaluate.evaluate_seeds`, as the options say."""
-    return evaluate_seeds(
+    """Rows of `infer.evaluate.evaluate`, as the options say."""
+    return evaluate(
         infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=caches, budgets=budgets,
         tasks=["passkey", "magic"] if given.contexts else [], context=given.context, next_tokens=given.next,
         scored=given.scored, excerpts=given.excerpts, samples=questions(given.contexts),

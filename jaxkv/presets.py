@@ -147,10 +147,10 @@ PRESETS: dict[str, Preset] = {
         ),
         *(
             _preset(
-                f"kivi-{bits}", f"the newest, 32 exact, the rest in {bits} bits, keys per channel", Recency(recent=RESIDUAL),
+                name, f"the newest, 32 exact, the rest in {bits} bits, keys per channel", Recency(recent=RESIDUAL),
                 tiers((1.0, f"kivi{bits}", f"int{bits}")), source="KIVI, arXiv 2402.02750",
             )
-            for bits in (4, 2)
+            for name, bits in (("kivi", 2), ("kivi-4", 4), ("kivi-2", 2))
         ),
         Preset(
             name="auto", summary="replay over quantized tiers, as many bits as the bytes allow", policy=Replay(),

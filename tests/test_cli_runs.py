@@ -355,16 +355,18 @@ def test_evaluate_refuses_or_ends_without_files(evaluate, interrupt, monkeypatch
 @pytest.mark.parametrize(("call", "number", "measured"), [
     (2, signal.SIGINT, [("full", True, 0)]),  # in the excerpts
     (4, signal.SIGTERM, [("full", True, 0), ("recency", True, 0)]),  # in the questions, of which none is complete
-    (6, signal.SIGTERM, [("full", True, 2), ("recency", True, 2)]),  # in the excerpts of a second seed
+    (6, signal.SIGTERM, [("full", True, 2), ("recency", True, 2)]),  # in a second context
 ])  # fmt: skip
 def test_an_interrupted_evaluation_keeps_its_rows(evaluate, interrupt, tmp_path, call, number, measured):
+    samples = json.loads((tmp_path / "samples").read_text())
+    (tmp_path / "samples").write_text(json.dumps({"contexts": 2 * samples["contexts"]}))
     interrupt("infer.evaluate.run.compress", call, number)
     code, out, err = evaluate("--json", str(tmp_path / "rows"), "--plot", str(tmp_path / "picture"), "--seeds", "2")
     rows = json.loads((tmp_path / "rows").read_text())
     assert [(row["cache"], row["kl_mean"] is not None, row["asked"].get("next", 0)) for row in rows] == measured
-    assert all(row["partial"] and row["seeds"] == [0] for row in rows)
+    assert all(row["partial"] and row["seeds"] == [0, 1] for row in rows)
     table = out.splitlines()
-    assert code == 128 + number and [line.split()[0] for line in table[2:-4]] == [row["cache"] for row in rows], out
+    assert code == 128 + number and [line.split()[0] for line in table[2:-5]] == [row["cache"] for row in rows], out
     assert "partial: the run was interrupted; what is missing was not measured" in table
     assert err == f"interrupted; {len(rows)} rows were measured, in part or whole, and no picture was drawn\n"
     assert not (tmp_path / "picture").exists()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import infer.evaluate.run as evaluate_run
-from infer.evaluate import PROTOCOLS, TASKS, evaluate, evaluate_seeds, load_samples, make_samples, metrics, report
+from infer.evaluate import PROTOCOLS, TASKS, evaluate, load_samples, make_samples, metrics, report
 from infer.evaluate.run import _answers
 from infer.evaluate.tasks import INTRO, encode_context, split_sentences
 from infer.generate import Request, collect, run
@@ -335,29 +335,26 @@ def test_evaluate(lm):
     json.dumps(rows, allow_nan=False)
 
 
-def test_seeds_are_put_together(lm, monkeypatch):
-    """Means over seeds, questions and excerpts of all seeds; random eviction draws anew under each."""
-    drawn = []
-
-    def fake(lm, *, caches, seed, progress, **options):
-        drawn.append(caches[0].policy.seed)
-        unmeasured = dict.fromkeys(("kl_p99", "top1", "perplexity", "bits_per_byte", "tokens_per_second"))
-        right = [True, seed == 3, False]
-        return [
-            {
-                "cache": "random", "kl_mean": 1.0 + seed, "kl_by_excerpt": [0.5 + seed, 1.5 + seed], **unmeasured,
-                "asked": {"magic": 3}, "accuracy": {"magic": sum(right) / 3}, "accuracy_interval": {"magic": [0, 1]},
-                "answers": {"magic": right},
-            }
-        ]  # fmt: skip
-
-    monkeypatch.setattr("infer.evaluate.seeds.evaluate", fake)
-    (row,) = evaluate_seeds(lm, seeds=[0, 3], caches=["random"])
-    assert drawn == [0, 3] and row["seeds"] == [0, 3]
-    assert row["kl_mean"] == 2.5 and row["spread"]["kl_mean"] == [1.0, 4.0]
-    assert row["kl_by_excerpt"] == [0.5, 1.5, 3.5, 4.5]
-    assert row["asked"] == {"magic": 6} and row["accuracy"]["magic"] == 0.5
-    assert row["answers"]["magic"] == [True, False, False, True, True, False]
+def test_seeds_together_say_what_each_says_alone(lm):
+    """Each draws its own excerpts, questions and random eviction, whoever else is there."""
+    options = OPTIONS | {"caches": ["full", "random", "h2o"], "budgets": ["25%"]}
+    both = evaluate(lm, **options, seeds=[0, 3])
+    alone = [evaluate(lm, **options, seeds=[seed]) for seed in (0, 3)]
+    for row, *ones in zip(both, *alone, strict=True):
+        assert row["seeds"] == [0, 3] and [one["seeds"] for one in ones] == [[0], [3]]
+        for name in ("kl_mean", "kl_p99", "top1", "perplexity", "bits_per_byte"):
+            values = [one[name] for one in ones]
+            assert row["by_seed"][name] == pytest.approx(values, rel=1e-3, abs=1e-6)
+            assert row[name] == pytest.approx(np.mean(values), rel=1e-3, abs=1e-6)
+            assert row["spread"][name] == [min(row["by_seed"][name]), max(row["by_seed"][name])]
+        by_excerpt = [value for one in ones for value in one["kl_by_excerpt"]]
+        assert row["kl_by_excerpt"] == pytest.approx(by_excerpt, rel=1e-3, abs=1e-6)
+        assert row["answers"]["passkey"] == [right for one in ones for right in one["answers"]["passkey"]]
+        assert row["asked"] == {"passkey": 2} and row["batch"] == 4
+    random = both[1]
+    assert random["kl_by_excerpt"][:2] != pytest.approx(random["kl_by_excerpt"][2:], rel=1e-2)
+    same = evaluate(lm, **options | {"caches": [make_policy("random", seed=3)]}, seeds=[0])
+    assert same[0]["kl_by_excerpt"] == pytest.approx(random["kl_by_excerpt"][:2], rel=1e-3)  # the seed is the run's
 
 
 def test_a_quantized_cache_is_not_passed_off_as_the_full_one(lm):
@@ -451,6 +448,8 @@ def test_answers_are_what_greedy_generation_under_the_cache_says(lm, name, budge
         ({"caches": [Scissorhands(), Scissorhands(window=40)]}, "two different caches"),
         ({"tasks": ["quiz"]}, "'quiz'; known: passkey"),
         ({"protocol": "guess"}, "unknown protocol 'guess'"),
+        ({"seeds": []}, "at least one, such as"),
+        ({"seeds": [2, 2]}, r"must be different.*got \[2, 2\]"),
         ({"context": 0}, "context must be at least 1, got 0"),
         ({"next_tokens": 0}, "next_tokens must be at least 1"),
         ({"samples": -1}, "not be negative"),

@@ -33,7 +33,7 @@ def add_options(sub):
 
 def run(arguments) -> int:
     """Runs the subcommand. Returns: the exit code."""
-    from infer.evaluate import TASKS, Interrupted, evaluate_seeds, load_samples, report
+    from infer.evaluate import TASKS, Interrupted, evaluate, load_samples, report
     from infer.texts import load_text
     from jaxkv.cache.budgets import parse_budget
     from jaxkv.presets import make_preset
@@ -59,7 +59,7 @@ def run(arguments) -> int:
     lm = load(arguments)
     try:
         with Bar(arguments, "evaluating", "step") as bar:
-            rows = evaluate_seeds(
+            rows = evaluate(
                 lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
                 next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
                 samples_file=arguments.samples_file, seeds=range(arguments.seed, arguments.seed + arguments.seeds),

@@ -6,7 +6,6 @@ print(report.table(rows))
 
 from infer.evaluate import metrics, report
 from infer.evaluate.run import PROTOCOLS, Interrupted, evaluate
-from infer.evaluate.seeds import evaluate_seeds
 from infer.evaluate.tasks import TASKS, Context, Question, load_samples, make_samples
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "Interrupted",
     "Question",
     "evaluate",
-    "evaluate_seeds",
     "load_samples",
     "make_samples",
     "metrics",

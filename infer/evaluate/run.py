@@ -29,13 +29,15 @@ from jaxkv import decoder
 from jaxkv.cache import compress, decode, extend
 from jaxkv.cache.budgets import Plan, parse_budget, plan
 from jaxkv.cache.state import wants_balance
-from jaxkv.policies import Full, Policy
+from jaxkv.policies import Full, Policy, Random
 from jaxkv.presets import Preset, make_preset
 
 COMPRESS_THEN_ASK = "compress then ask"  # the cache shrinks before the question is known
 ASK_WITH_CONTEXT = "ask with context"  # the question is read before the cache shrinks
 PROTOCOLS = (COMPRESS_THEN_ASK, ASK_WITH_CONTEXT)
 QUESTION_GRID = 16  # questions are padded to a multiple of this
+
+MEANS = ("kl_mean", "kl_p99", "top1", "perplexity", "bits_per_byte")  # over seeds
 
 Progress = Callable[[int, int, str], None]
 
@@ -54,6 +56,10 @@ class _Case:
 
     preset: Preset
     budget: str | None
+
+    def drawn(self, seed: int) -> Preset:
+        """The cache under this seed: random eviction draws anew under each."""
+        return make_preset(self.preset, seed=seed) if isinstance(self.preset.policy, Random) else self.preset
 
     @property
     def label(self) -> str:
@@ -101,7 +107,7 @@ def evaluate(
     excerpts: int,
     samples: int | Mapping[str, int] | None,
     samples_file: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     protocol: str = COMPRESS_THEN_ASK,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -117,19 +123,21 @@ def evaluate(
       caches: names of policies, or policies; `full` gives one row, whatever the budgets. budgets: as `jaxkv` spells
         them ("25%", "512", "8MiB"), of context plus what follows.
       tasks: names of `TASKS`; samples: questions per task, or task -> number; None or 0: no questions. samples_file: these
-        instead.
+        instead, once.
       context, next_tokens: in tokens. scored: so many of the next tokens, the last ones, count; None = all. excerpts: how
-        many, at least 0 (no language modelling).
+        many under each seed, at least 0 (no language modelling); those of all seeds are in memory together.
+      seeds: each draws other excerpts, contexts and facts, and another random eviction.
       protocol: "compress then ask" (the cache shrinks before the question is known), or "ask with context" (it shrinks
         after the question and the answer's prefix but for the prefix's last token; the question continues the prefilled
         context).
       progress: called with (steps done, steps, what was done).
     Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (of a full bfloat16 cache), bytes
       (allocated for one row of context plus what follows), tokens (the most that a kv head may hold), kl_mean, kl_interval
-      (95 %, over excerpts), kl_by_excerpt, kl_p99, top1, perplexity, bits_per_byte, tokens_per_second (all rows of the
-      batch), batch, accuracy (task -> share), accuracy_interval, asked (task -> number), answers (task -> whether each was
-      right), protocol, note, partial. What was not measured is None or empty. Excerpts and questions are the same ones, in
-      the same order, for every row, so rows can be compared in pairs.
+      (95 %, over seeds; of a single one over excerpts), kl_by_excerpt, kl_p99, top1, perplexity, bits_per_byte (means over
+      seeds), by_seed (metric -> a value for each), spread (metric -> [lowest, highest seed]), seeds, tokens_per_second (all
+      rows of the batch), batch, accuracy (task -> share, of all seeds together), accuracy_interval, asked (task -> number),
+      answers (task -> whether each was right), protocol, note, partial. What was not measured is None or empty. Excerpts and
+      questions are the same ones, in the same order, for every row, so rows can be compared in pairs.
     Raises: ValueError for bad arguments, before anything runs. Interrupted, where something was measured before a
       KeyboardInterrupt: with the rows so far, and of questions those that every row was asked.
     """
@@ -143,7 +151,14 @@ def evaluate(
         raise ValueError(f"scored must be from 1 to {next_tokens}, the next tokens, got {scored}")
     if isinstance(samples, int) and samples < 0:
         raise ValueError(f"samples must not be negative, got {samples}")
-    contexts = draw_contexts(lm, text, tasks, context, samples, samples_file, seed)
+    seeds = tuple(seeds)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be different, at least one, such as [0]; got {list(seeds)}")
+    drawn = seeds if samples_file is None else seeds[:1]  # a file has the same questions under every seed
+    contexts = [
+        (seed, one) for seed in drawn for one in draw_contexts(lm, text, tasks, context, samples, samples_file, seed)
+    ]
+    of_context, contexts = [seed for seed, _ in contexts], [one for _, one in contexts]
     prompts = [encode_context(lm.tokenizer, one.context) for one in contexts]
     questions = [[encode_question(lm.tokenizer, q) for q in one.questions] for one in contexts]
     asked_lengths = [len(q.ask) + len(q.answer) for group in questions for q in group]
@@ -154,32 +169,37 @@ def evaluate(
             f"{longest} tokens (context {longest - reserve} and {reserve} that follow) exceed the model's"
             f" {lm.config.max_positions} positions; give a smaller context"
         )
-    tokens = draw_excerpts(lm, text, context + next_tokens + 1, excerpts, seed) if excerpts else None
+    tokens = [draw_excerpts(lm, text, context + next_tokens + 1, excerpts, seed) for seed in seeds if excerpts]
     dtype = str(jax.tree.leaves(lm.params)[0].dtype)
     price = functools.partial(plan, lm.config, dtype=dtype)
     # All plans are made first: a budget that is impossible must be refused before the minutes of work, not after.
-    spans = [context + reserve] * max(excerpts, 0 if contexts else 1)
-    text_plans = [price(case.preset, case.budget, lengths=spans) for case in cases] if spans else None
+    plans = lambda lengths: {
+        seed: [price(case.drawn(seed), case.budget, lengths=lengths) for case in cases] for seed in seeds if lengths
+    }
+    spans = [context + reserve] * max(excerpts * len(seeds), 0 if contexts else 1)
     lengths = [len(prompt) + reserve for prompt in prompts]
-    task_plans = [price(case.preset, case.budget, lengths=lengths) for case in cases] if prompts else None
+    text_plans, task_plans = plans(spans), plans(lengths)
+    first = (text_plans or task_plans)[seeds[0]]
     steps = _Steps(progress, (1 + len(cases)) * (bool(excerpts) + len(contexts)))
     policies = [case.preset.policy for case in cases]
     observe = tuple(dict.fromkeys(policy.watcher for policy in policies if policy.stateful))
+    balance = any(wants_balance(layer) for planned in first for layer in planned.spec)
+    everything = lambda lengths: price(Full(observe=observe, balance=balance), None, lengths=lengths)
 
-    balance = any(wants_balance(layer) for planned in (text_plans or task_plans) for layer in planned.spec)
-    rows = []
-    for case, planned in zip(cases, text_plans or task_plans, strict=True):
-        rows.append(_row(case, planned, protocol))
+    rows = [_row(case, planned, protocol, seeds) for case, planned in zip(cases, first, strict=True)]
     scores: list[dict[str, list[bool]]] = [{} for _ in cases]
     try:
         if excerpts:
-            scored = scored or next_tokens
-            measured = _language(lm, cases, text_plans, tokens, context, spans, observe, balance, price, scored, steps)
+            bare = price(Full(), None, lengths=spans)
+            given = np.concatenate(tokens)
+            measured = _language(
+                lm, cases, text_plans, bare, given, context, spans, everything(spans), scored or next_tokens, steps
+            )
             for row, values in zip(rows, measured, strict=True):
                 row.update(values)
         if contexts:
-            full = price(Full(observe=observe, balance=balance), None, lengths=lengths)
-            _questions(lm, cases, task_plans, prompts, questions, lengths, full, protocol, steps, scores)
+            of_context = [task_plans[seed] for seed in of_context]
+            _questions(lm, cases, of_context, prompts, questions, lengths, everything(lengths), protocol, steps, scores)
     except KeyboardInterrupt:
         rows = [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
         if not (found := [row | {"partial": True} for row in rows if row["accuracy"] or row["batch"]]):
@@ -218,20 +238,19 @@ def _cases(caches, budgets) -> list[_Case]:
     return cases
 
 
-def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
+def _row(case: _Case, planned: Plan, protocol: str, seeds: Sequence[int]) -> dict[str, Any]:
     return {
         "cache": case.preset.name,
         "budget": case.budget or "100%",
         "share": float(planned.share),
         "bytes": int(planned.bytes_per_row),
         "tokens": int(planned.tokens.max()),
-        "kl_mean": None,
+        "seeds": list(seeds),
+        **dict.fromkeys(MEANS),
         "kl_interval": None,
         "kl_by_excerpt": [],
-        "kl_p99": None,
-        "top1": None,
-        "perplexity": None,
-        "bits_per_byte": None,
+        "by_seed": {},
+        "spread": {},
         "tokens_per_second": None,
         "batch": None,
         "accuracy": {},
@@ -244,19 +263,16 @@ def _row(case: _Case, planned: Plan, protocol: str) -> dict[str, Any]:
     }
 
 
-def _language(
-    lm, cases, plans, tokens, context, spans, observe, balance, price, scored, steps
-) -> Iterator[dict[str, Any]]:
+def _language(lm, cases, plans, bare, tokens, context, spans, full, scored, steps) -> Iterator[dict[str, Any]]:
     """Teacher-forced decoding of what follows each excerpt's context: what it says of each case, one after the other."""
-    full = price(Full(observe=observe, balance=balance), None, lengths=spans)
     prompt, given, targets = tokens[:, :context], tokens[:, context:-1], tokens[:, context + 1 :]
-    sizes = [len(piece) for piece in lm.tokenizer.token_bytes()]
-    byte_count = sum(sizes[token] for token in targets[:, -scored:].ravel())
     state = new_state(lm.config, full, spans)
     _, state = read(lm.params, prompt.tolist(), state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
     jax.block_until_ready(state)
     steps("excerpts read")
+    lengths = np.asarray([len(piece) for piece in lm.tokenizer.token_bytes()])[targets.T]
     given, targets = jnp.asarray(given.T), jnp.asarray(targets.T)  # [N, B]
+    of_seeds = np.split(np.arange(len(tokens)), len(plans))  # the excerpts of each
 
     def run(planned: Plan):
         small = compress(state, planned.spec, **planned.sizes())
@@ -267,25 +283,48 @@ def _language(
         jax.block_until_ready(small)
         return hidden, given.size / (time.perf_counter() - begin)
 
-    reference = run(price(Full(), None, lengths=spans))
-    for case, planned in zip(cases, plans, strict=True):
-        hidden, speed = reference if isinstance(case.preset.policy, Full) else run(planned)
+    reference = run(bare)
+    for index, case in enumerate(cases):
+        if isinstance(case.preset.policy, Full):
+            hidden, speed = reference
+        elif isinstance(case.preset.policy, Random):
+            runs = [run(planned[index]) for planned in plans.values()]
+            own = [hidden[:, mine] for (hidden, _), mine in zip(runs, of_seeds, strict=True)]
+            hidden, speed = jnp.concatenate(own, axis=1), float(np.mean([speed for _, speed in runs]))
+        else:
+            hidden, speed = run(next(iter(plans.values()))[index])
         kl, same, nll = map(np.asarray, _compare(lm.params, reference[0], hidden, targets, config=lm.config))
-        kl, same, nll = kl[-scored:], same[-scored:], nll[-scored:]
-        by_excerpt = kl.mean(axis=0, dtype=np.float64)  # tokens of one excerpt are not independent
-        _, interval = metrics.mean_interval(by_excerpt)
+        scores = [_of_seed(*(x[-scored:, mine] for x in (kl, same, nll, lengths))) for mine in of_seeds]
         steps(f"{case.label}: excerpts")
-        yield {
-            "kl_mean": float(kl.mean(dtype=np.float64)),
-            "kl_interval": None if interval is None else list(interval),
-            "kl_by_excerpt": by_excerpt.tolist(),
-            "kl_p99": float(np.quantile(kl, 0.99)),
-            "top1": float(same.mean()),
-            "perplexity": float(np.exp(nll.mean(dtype=np.float64))),
-            "bits_per_byte": metrics.bits_per_byte(nll, byte_count) if byte_count else None,
+        yield _over_seeds(scores, kl[-scored:].mean(axis=0, dtype=np.float64)) | {
             "tokens_per_second": speed,
-            "batch": int(tokens.shape[0]),
+            "batch": len(tokens),
         }
+
+
+def _of_seed(kl, same, nll, lengths) -> dict[str, float | None]:
+    """`MEANS` of the excerpts of one seed, arrays [N, B]; lengths: of the tokens, in bytes."""
+    return {
+        "kl_mean": float(kl.mean(dtype=np.float64)),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "top1": float(same.mean()),
+        "perplexity": float(np.exp(nll.mean(dtype=np.float64))),
+        "bits_per_byte": metrics.bits_per_byte(nll, lengths.sum()) if lengths.any() else None,
+    }
+
+
+def _over_seeds(of_seeds: Sequence[dict[str, float | None]], by_excerpt: np.ndarray) -> dict[str, Any]:
+    """Means, spreads and the interval of KL; tokens of one excerpt are not independent, nor are excerpts of one text."""
+    by_seed = {name: [one[name] for one in of_seeds] for name in MEANS}
+    by_seed = {name: values for name, values in by_seed.items() if None not in values}
+    _, interval = metrics.mean_interval(by_seed["kl_mean"] if len(of_seeds) > 1 else by_excerpt)
+    return {
+        **{name: float(np.mean(values)) for name, values in by_seed.items()},
+        "kl_interval": None if interval is None else list(interval),
+        "kl_by_excerpt": by_excerpt.tolist(),
+        "by_seed": by_seed,
+        "spread": {name: [min(values), max(values)] for name, values in by_seed.items()},
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -319,6 +358,7 @@ def _compare(params, full, hidden, targets, *, config):
 
 def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, steps, scores) -> None:
     """Adds to `scores`, per case: task -> whether each question was answered right. One context is in memory at a time.
+    plans: of each context, a plan per case.
 
     Whatever interrupts it, all cases have the same questions.
     """
@@ -330,7 +370,8 @@ def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, st
         _, state = read(lm.params, [prompt], state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
         jax.block_until_ready(state)
         steps(f"context {index + 1} of {len(prompts)} read")
-        shrink = lambda state, k, index=index: compress(state, plans[k].spec, **plans[k].sizes(index))
+        sizes = [planned.sizes(index) for planned in plans[index]]
+        shrink = lambda state, k, sizes=sizes, mine=plans[index]: compress(state, mine[k].spec, **sizes[k])
         rights: list[list[bool]] = [[] for _ in cases]
         if protocol == ASK_WITH_CONTEXT:
             for q in group:
