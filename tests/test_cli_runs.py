@@ -357,9 +357,10 @@ def test_evaluate_refuses_or_ends_without_files(evaluate, interrupt, monkeypatch
     (4, signal.SIGTERM, [("full", True, 0), ("recency", True, 0)]),  # in the questions, of which none is complete
     (6, signal.SIGTERM, [("full", True, 2), ("recency", True, 2)]),  # in a second context
 ])  # fmt: skip
-def test_an_interrupted_evaluation_keeps_its_rows(evaluate, interrupt, tmp_path, call, number, measured):
+def test_an_interrupted_evaluation_keeps_its_rows(evaluate, interrupt, monkeypatch, tmp_path, call, number, measured):
     samples = json.loads((tmp_path / "samples").read_text())
     (tmp_path / "samples").write_text(json.dumps({"contexts": 2 * samples["contexts"]}))
+    monkeypatch.setattr("infer.evaluate.run.TOGETHER", 1)
     interrupt("infer.evaluate.run.compress", call, number)
     code, out, err = evaluate("--json", str(tmp_path / "rows"), "--plot", str(tmp_path / "picture"), "--seeds", "2")
     rows = json.loads((tmp_path / "rows").read_text())

@@ -36,6 +36,7 @@ COMPRESS_THEN_ASK = "compress then ask"  # the cache shrinks before the question
 ASK_WITH_CONTEXT = "ask with context"  # the question is read before the cache shrinks
 PROTOCOLS = (COMPRESS_THEN_ASK, ASK_WITH_CONTEXT)
 QUESTION_GRID = 16  # questions are padded to a multiple of this
+TOGETHER = 16  # contexts that are in memory at a time
 
 MEANS = ("kl_mean", "kl_p99", "top1", "perplexity", "bits_per_byte")  # over seeds
 
@@ -357,37 +358,45 @@ def _compare(params, full, hidden, targets, *, config):
 
 
 def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, steps, scores) -> None:
-    """Adds to `scores`, per case: task -> whether each question was answered right. One context is in memory at a time.
-    plans: of each context, a plan per case.
+    """Adds to `scores`, per case: task -> whether each question was answered right. plans: of each context, a plan per case.
 
-    Whatever interrupts it, all cases have the same questions.
+    Contexts are read by groups, and each case answers all of a group, so that its programs are made once for them. Whatever
+    interrupts it, all cases have the same questions.
     """
     everything = [q for group in questions for q in group]
-    width = lambda sizes: -(-max(sizes) // QUESTION_GRID) * QUESTION_GRID
-    asked = width([len(q.ask) for q in everything])
-    for index, (prompt, group, length) in enumerate(zip(prompts, questions, lengths, strict=True)):
-        state = new_state(lm.config, full, [length], row=index)
-        _, state = read(lm.params, [prompt], state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
+    width = -(-max(len(q.ask) for q in everything) // QUESTION_GRID) * QUESTION_GRID
+
+    def read_one(index):
+        state = new_state(lm.config, full, [lengths[index]], row=index)
+        _, state = read(lm.params, [prompts[index]], state, config=lm.config, repeat=repeat_prompt(lm.tokenizer))
         jax.block_until_ready(state)
         steps(f"context {index + 1} of {len(prompts)} read")
-        sizes = [planned.sizes(index) for planned in plans[index]]
-        shrink = lambda state, k, sizes=sizes, mine=plans[index]: compress(state, mine[k].spec, **sizes[k])
-        rights: list[list[bool]] = [[] for _ in cases]
-        if protocol == ASK_WITH_CONTEXT:
-            for q in group:
-                seen = _copy(state)
-                if q.ask[:-1]:
-                    _, seen = _extend_padded(lm, q.ask[:-1], asked, seen)
-                for k, right in enumerate(rights):
-                    right.append(_answers(lm, q.ask[-1:], q.answer, 1, shrink(seen, k)))
-        for k, right in enumerate(rights):
-            if protocol == COMPRESS_THEN_ASK:
-                small = shrink(state, k)
-                right += [_answers(lm, q.ask, q.answer, asked, _copy(small)) for q in group]
-            steps(f"{cases[k].label}: context {index + 1} of {len(prompts)}")
-        for score, right in zip(scores, rights, strict=True):
-            for q, one in zip(group, right, strict=True):
-                score.setdefault(q.task, []).append(one)
+        return state
+
+    def rights(state, planned, index):
+        shrink = lambda state: compress(state, planned.spec, **planned.sizes(index))
+        if protocol == COMPRESS_THEN_ASK:
+            small = shrink(state)
+            return [_answers(lm, q.ask, q.answer, width, _copy(small)) for q in questions[index]]
+        found = []
+        for q in questions[index]:
+            seen = _copy(state)
+            if q.ask[:-1]:
+                _, seen = _extend_padded(lm, q.ask[:-1], width, seen)
+            found.append(_answers(lm, q.ask[-1:], q.answer, 1, shrink(seen)))
+        return found
+
+    for begin in range(0, len(prompts), TOGETHER):
+        group = range(begin, min(begin + TOGETHER, len(prompts)))
+        states, found = [read_one(index) for index in group], []
+        for k, case in enumerate(cases):
+            found.append([])
+            for index, state in zip(group, states, strict=True):
+                found[-1] += zip(questions[index], rights(state, plans[index][k], index), strict=True)
+                steps(f"{case.label}: context {index + 1} of {len(prompts)}")
+        for score, answers in zip(scores, found, strict=True):
+            for q, right in answers:
+                score.setdefault(q.task, []).append(right)
 
 
 def _copy(state):
