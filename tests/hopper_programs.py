@@ -5,13 +5,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flash_cases import VIEWS
 
 from jaxkv.cache.state import empty_tier, packed_keys, packed_values
 from jaxkv.policies import make_policy
 from jaxkv.quantization import get_scheme
 from jaxkv.types import TierSpec
 from pallas_kernels.decode_attention import Source, decode_attention
-from pallas_kernels.flash_attention import gpu as flash_gpu
+from pallas_kernels.flash_attention import flash_attention
 
 BATCH, HEADS, SLOTS = 2, 4, 1024
 
@@ -67,10 +68,20 @@ def loop(keys, values, channels, dtype, group):
     return steps, (q, tier, new), (1,), stored
 
 
-def flash(channels, view, softcap=None):
-    """The forward pass over as many queries as keys; view: causal or full."""
-    shape = lambda *axes: jax.ShapeDtypeStruct((1, 2, *axes, 512, int(channels)), jnp.bfloat16)
-    run = functools.partial(
-        flash_gpu.forward, causal=view == "causal", scale=0.1, softcap=softcap and float(softcap)
-    )  # fmt: skip
-    return run, (shape(2), shape(), shape()), (), 2 * 512 * int(channels) * 2
+def flash(channels, view, length=512, keys=512, softcap=None):
+    """The forward pass; view: of `flash_cases`, and behind it what else decides: "+segments", "+positions"."""
+    view, *more = view.split("+")
+    shape = lambda *axes: jax.ShapeDtypeStruct((2, 2, *axes, int(channels)), jnp.bfloat16)
+    words = {
+        "query": jax.ShapeDtypeStruct((2, int(length)), jnp.int32),
+        "key": jax.ShapeDtypeStruct((2, 2, int(keys)), jnp.int32),
+    }
+    words = {f"{whose}_{what}": x for what in more for whose, x in words.items()}
+    options = {"scale": 0.1, "softcap": softcap and float(softcap), "implementation": "gpu"} | VIEWS[view]
+    run = lambda q, k, v, words: flash_attention(q, k, v, **options, **words)
+    return (
+        run,
+        (shape(2, int(length)), shape(int(keys)), shape(int(keys)), words),
+        (),
+        4 * 2 * int(keys) * int(channels) * 2,
+    )

@@ -20,7 +20,7 @@ __all__ = ["BACKWARD", "DEAD", "GLOBAL", "IMPLEMENTATIONS", "NEG", "fold", "flas
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.forward, tpu.why_not, platform="tpu"),
-    "gpu": Implementation(gpu.of_operands, gpu.why_not, platform="cuda"),
+    "gpu": Implementation(gpu.forward, gpu.why_not, platform="cuda"),
     "interpret": Implementation(functools.partial(tpu.forward, interpret=True), tpu.why_not, by_name_only=True),
     "xla": Implementation(xla.forward, takes_all),
 }
