@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flash_cases import VIEWS
 
-from jaxkv.cache.state import empty_tier, packed_keys, packed_values
+from jaxkv.cache.state import empty_tier, packed_keys, packed_values, tier_keys, tier_values
 from jaxkv.policies import make_policy
 from jaxkv.quantization import get_scheme
 from jaxkv.types import TierSpec
 from pallas_kernels.decode_attention import Source, decode_attention
+from pallas_kernels.extend_attention import TierSource, extend_attention
 from pallas_kernels.flash_attention import flash_attention
 
 BATCH, HEADS, SLOTS = 2, 4, 1024
@@ -20,7 +21,7 @@ BATCH, HEADS, SLOTS = 2, 4, 1024
 def program(case: str):
     """Returns: function, arguments as shapes, which are donated, bytes of an array as large as what is stored."""
     kind, _, words = case.partition(":")
-    return {"decode": decode, "loop": loop, "flash": flash}[kind](*words.split(","))
+    return {"decode": decode, "loop": loop, "flash": flash, "extend": extend}[kind](*words.split(","))
 
 
 def _tier(scheme, channels):
@@ -85,3 +86,21 @@ def flash(channels, view, length=512, keys=512, softcap=None):
         (),
         4 * 2 * int(keys) * int(channels) * 2,
     )
+
+
+def extend(scheme, channels, length=256):
+    """New tokens against a tier and themselves, in bfloat16."""
+    size, tier = int(channels), _tier((scheme, scheme), int(channels))
+    queries = jax.ShapeDtypeStruct((BATCH, HEADS, 2, length, size), jnp.bfloat16)
+    new = jax.ShapeDtypeStruct((BATCH, HEADS, length, size), jnp.bfloat16)
+
+    def run(queries, keys, values, tier):
+        source = Source(queries, tier_keys(tier), tier_values(tier), tier.positions >= 0)
+        return extend_attention(
+            queries, keys, values, (TierSource(source, tier.positions.astype(jnp.int32)),),
+            positions=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (BATCH, length)), segments=None, causal=True,
+            valid=jnp.ones((BATCH, length), bool), window=None, scale=0.1, softcap=None, row_statistic=None, merge=None,
+            implementation="gpu",
+        )  # fmt: skip
+
+    return run, (queries, new, new, tier), (), 2**40

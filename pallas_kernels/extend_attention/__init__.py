@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.decode_attention.source import Source
 from pallas_kernels.dispatch import Implementation, call, takes_all
-from pallas_kernels.extend_attention import tpu, xla
+from pallas_kernels.extend_attention import gpu, tpu, xla
 from pallas_kernels.extend_attention.xla import at_distances, distance_logits
 
 __all__ = ["IMPLEMENTATIONS", "TierSource", "at_distances", "distance_logits", "extend_attention"]
@@ -20,7 +20,8 @@ class TierSource(NamedTuple):
 
 
 IMPLEMENTATIONS = {
-    "tpu": Implementation(functools.partial(tpu.extend_attention, kernels="tpu"), tpu.why_not, platform="tpu"),
+    "tpu": Implementation(tpu.extend_attention, tpu.why_not, platform="tpu"),
+    "gpu": Implementation(gpu.extend_attention, gpu.why_not, platform="cuda"),
     "interpret": Implementation(
         functools.partial(tpu.extend_attention, kernels="interpret"), tpu.why_not, by_name_only=True
     ),
