@@ -1,6 +1,7 @@
 """The GPU kernel of `decode_attention`: by the GPU interpreter against the reference, and as machine code for Hopper."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -111,7 +112,7 @@ def test_other_generations_run_xla(monkeypatch):
     table = decode_attention.__globals__["IMPLEMENTATIONS"]
     options = {"scale": 1.0, "softcap": None, "scores": True}
     assert chosen("decode_attention", table, None, sources, platform="cuda", **options) == "gpu"
-    monkeypatch.setattr(gpu, "_capability", lambda: "10.0")
+    monkeypatch.setattr(gpu, "device_of", lambda platform: types.SimpleNamespace(compute_capability="10.0"))
     assert chosen("decode_attention", table, None, sources, platform="cuda", **options) == "xla"
     with pytest.raises(NotImplementedError, match="need a Hopper GPU, of compute capability 9.0; this one has 10.0"):
         call("decode_attention", table, "gpu", sources, **options)

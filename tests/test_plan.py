@@ -277,6 +277,13 @@ def test_compiled_for_four_chips(compilers_python):
         assert one["report"]["mesh"] == {"data": 1, "tensor": 4}
 
 
+@pytest.mark.slow
+def test_compiled_for_a_chip_without_two_bits(compilers_python):
+    """The compiler for v4 ends its process at a kernel that reads codes of 2 bits: there, XLA reads them."""
+    found = json.loads(in_process(compilers_python, "tests/plan_run.py", "v4:2x2x1", "two bits", "groups").stdout)
+    assert [one["report"]["decode"] > 0 and one["report"]["fits"] for one in found["cases"].values()] == [True] * 2
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name, topology, options",

@@ -19,6 +19,7 @@ from pallas_kernels.decode_attention import packed, xla
 from pallas_kernels.decode_attention.merge import Part, merge
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.xla import NEGATIVE
+from pallas_kernels.dispatch import device_of
 
 SHORT = 64  # a source of fewer slots is no tier
 ARITHMETIC = frozenset("add sub mul neg integer_pow square convert_element_type".split())  # of levels, in registers
@@ -58,7 +59,7 @@ def form_of(x, *, minor: bool) -> Form:
 
 def why_not(sources, **_) -> str | None:
     """The reason why these sources are not for this kernel, as a sentence; shapes and dtypes are enough."""
-    capability = _capability()
+    capability = getattr(device_of("gpu"), "compute_capability", None)  # None: compiled where there is no GPU
     if capability not in (None, "9.0"):
         return f"its products of matrices need a Hopper GPU, of compute capability 9.0; this one has {capability}"
     if jax.__version_info__ < (0, 12) and importlib.util.find_spec("absl") is None:
@@ -67,14 +68,6 @@ def why_not(sources, **_) -> str | None:
     if not tiers:
         return f"no source has {SHORT} slots or more, and so few are not worth a kernel"
     return next(filter(None, map(_refused, tiers)), None)
-
-
-def _capability() -> str | None:
-    """Of the GPU that programs are compiled for; None: on a machine without one, for one that is not known yet."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    return getattr(device, "compute_capability", None)
 
 
 def _refused(source) -> str | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.dispatch import device_of
 from pallas_kernels.flash_attention.operands import NEG
 
 BLOCK = 128  # keys at a time
@@ -24,10 +25,7 @@ LOG2E = float(np.log2(np.e))
 def why_not(x, *, rule) -> str | None:
     """The reason why `of_operands` cannot take this case, as a sentence. x, rule: the operation's `Operands` and `Rule`."""
     length, size, slots = *x.q.shape[3:], x.k.shape[2]
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "9.0")  # programs may be compiled without a GPU
+    capability = getattr(device_of("gpu"), "compute_capability", "9.0")  # programs may be compiled without a GPU
     if capability != "9.0":
         return f"its products of matrices need a Hopper GPU, of compute capability 9.0; this one has {capability}"
     if jax.__version_info__ < (0, 12) and importlib.util.find_spec("absl") is None:
