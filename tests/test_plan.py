@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def in_process(python, *arguments):
     """What a program of `tests` or the command prints, in a process that the TPU compiler may end."""
-    place = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    place = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([python, *arguments], env=place, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done
