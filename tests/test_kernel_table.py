@@ -1,5 +1,6 @@
 """`jaxkv info --kernels`: what would run where, as the kernels say themselves."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -9,7 +10,17 @@ import pytest
 from cache_harness import PLAIN
 
 import pallas_kernels
-from infer.kernel_table import CASES, DIFFERENTIATED, PLATFORMS, WITHOUT_SCHEME, kernel_rows, kernels_here, table
+from infer.kernel_table import (
+    CASES,
+    DIFFERENTIATED,
+    PLATFORMS,
+    WITHOUT_SCHEME,
+    kernel_rows,
+    kernels_here,
+    kernels_of,
+    table,
+)
+from jaxkv.cache.budgets import plan as plan_cache
 from jaxkv.quantization import SCHEMES
 from pallas_kernels import causal_conv, decode_attention
 from pallas_kernels.dispatch import Implementation, call
@@ -88,6 +99,24 @@ def test_a_function_stands_in_for_implementations():
 
 def test_what_reads_the_full_cache():
     assert kernels_here(PLAIN, "bfloat16") == {"decode_attention": "xla", "extend_attention": "xla"}
+
+
+@pytest.mark.parametrize(
+    "name, kernels, found",
+    [
+        ("h2o", None, {"extend_attention": "xla", "decode_attention": "xla", "slots": "xla"}),
+        ("mikv", "interpret", {"extend_attention": "interpret", "decode_attention": "interpret", "slots": "interpret"}),
+        (
+            "kivi-2",
+            "interpret",
+            {"extend_attention": "interpret", "decode_attention": "interpret", "slots": "interpret, xla"},
+        ),
+    ],
+)
+def test_what_reads_and_writes_a_cache(name, kernels, found):
+    config = dataclasses.replace(PLAIN, kernels=kernels)
+    planned = plan_cache(config, name, "50%", lengths=[200], dtype="float32")
+    assert kernels_of(config, planned.spec, "float32") == found
 
 
 def test_command(command):
