@@ -159,13 +159,20 @@ def _tiers(config, stored):
     return [empty_tier(make_policy("full"), spec, jnp.full((1,), spec.slots, jnp.int32), shape) for spec in stored]
 
 
+def _relative(config) -> bool:
+    """Whether distances add to the logits."""
+    return config.rcmha is not None and config.rcmha.relative != "none"
+
+
 def _decode(config, dtype, scheme, ask):
     heads, size = config.num_kv_heads, config.head_dim
     queries = _normal(dtype, 1, heads, config.num_heads // heads, size)
     own = _normal(dtype, 1, heads, size, 1)
+    bias = lambda x: {"bias": _normal(jnp.float32, *queries.shape[:3], x.shape[2])} if _relative(config) else {}
+    of = lambda *x, live: Source(queries, *x, live, **bias(live))
     sources = (
-        *(Source(queries, packed_keys(t), packed_values(t), live_slots(t)) for t in _tiers(config, scheme)),
-        Source(queries, own, jnp.swapaxes(own, 2, 3), jnp.ones((1, heads, 1), bool)),
+        *(of(packed_keys(t), packed_values(t), live=live_slots(t)) for t in _tiers(config, scheme)),
+        of(own, jnp.swapaxes(own, 2, 3), live=jnp.ones((1, heads, 1), bool)),
     )
     decode_attention(sources, scale=config.query_scale, softcap=config.attention_softcap, implementation=ask)
 
@@ -184,6 +191,7 @@ def _extend(config, dtype, scheme, ask):
         queries, keys, keys, tiers, positions=jnp.zeros((1, TOKENS), jnp.int32),
         valid=jnp.ones((1, TOKENS), bool), segments=None, causal=True, window=None, scale=config.query_scale,
         softcap=config.attention_softcap, row_statistic=None, merge=None, implementation=ask,
+        **({"relative": (queries, keys)} if _relative(config) else {}),
     )  # fmt: skip
 
 

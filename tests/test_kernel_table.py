@@ -8,6 +8,7 @@ import pkgutil
 
 import pytest
 from cache_harness import PLAIN
+from rcmha_harness import with_rcmha
 
 import pallas_kernels
 from infer.kernel_table import (
@@ -117,6 +118,15 @@ def test_what_reads_and_writes_a_cache(name, kernels, found):
     config = dataclasses.replace(PLAIN, kernels=kernels)
     planned = plan_cache(config, name, "50%", lengths=[200], dtype="float32")
     assert kernels_of(config, planned.spec, "float32") == found
+
+
+def test_a_term_by_distance_is_asked_with():
+    """Of a model whose logits have one, an operation that cannot take it is not said to."""
+    asked = [row for row in kernel_rows(with_rcmha(PLAIN), "float32") if row["platform"] == "tpu"]
+    found = {row["implementation"] for row in asked if row["operation"] == "extend_attention"}
+    assert found == {"xla"} and all(
+        "relative term" in r["why_not"]["tpu"] for r in asked if r["operation"] == "extend_attention"
+    )
 
 
 def test_command(command):
