@@ -10,13 +10,22 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxkv.cache.state import empty_tier, live_slots, packed_keys, packed_values, positions_of, tier_keys, tier_values
+from jaxkv.cache.state import (
+    empty_tier,
+    granule_of,
+    live_slots,
+    packed_keys,
+    packed_values,
+    positions_of,
+    tier_keys,
+    tier_values,
+)
 from jaxkv.policies import make_policy
 from jaxkv.quantization import SCHEMES, get_scheme
 from jaxkv.types import TierSpec
 from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.column_sums import column_sums
-from pallas_kernels.decode_attention import Source, decode_attention
+from pallas_kernels.decode_attention import Source, decode_attention, slot_multiple
 from pallas_kernels.dispatch import PLATFORMS as COMPILED
 from pallas_kernels.dispatch import chosen
 from pallas_kernels.extend_attention import TierSource, extend_attention
@@ -60,6 +69,28 @@ def kernels_here(config, dtype: str) -> dict[str, str]:
     for operation in ("decode_attention", "extend_attention"):
         asked |= _ask(functools.partial(CASES[operation], config, jnp.dtype(dtype), scheme))
     return {operation: by_platform[jax.default_backend()][0] for operation, by_platform in asked.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def kernels_of(config, spec, dtype: str) -> dict[str, str]:
+    """What reads and writes a cache on this process's platform: {operation: implementation, or several, by commas}.
+
+    spec: LayerSpec per layer of config. Of layers that differ in numbers of slots alone, the first is asked; nothing runs.
+    """
+    found, kinds = {}, {}
+    for layer in spec:
+        kinds.setdefault(tuple((tier.scheme, tier.slots % slot_multiple()) for tier in layer.tiers), layer.tiers)
+    for tiers in kinds.values():
+        alone = [(one,) for one in tiers]
+        for operation, asked in (("decode_attention", [tiers]), ("extend_attention", [tiers]), ("slots", alone)):
+            for stored in asked:
+                grouped = operation == "slots" and get_scheme(stored[0].scheme[0]).granule > 1  # XLA's everywhere
+                name = "xla" if grouped else config.kernels
+                if name is None:
+                    seen = _ask(functools.partial(CASES[operation], config, jnp.dtype(dtype), stored))
+                    name = seen[operation][jax.default_backend()][0]
+                found.setdefault(operation, set()).add(name)
+    return {operation: ", ".join(sorted(names)) for operation, names in found.items()}
 
 
 def table(rows: list[dict]) -> str:
@@ -119,36 +150,48 @@ def _normal(dtype, *shape):
     return jnp.zeros(shape, dtype)
 
 
-def _tier(config, scheme):
-    """A tier of this scheme, for values of the nearest one where it is for keys only."""
-    values = f"int{scheme.bits}" if scheme.keys_only else scheme.name
-    spec = TierSpec(slots=SLOTS, scheme=(scheme.name, values))
+def _tiers(config, stored):
+    """stored: a tuple of TierSpec, or a scheme: then one tier of it, for values of the nearest where it is for keys only."""
+    if not isinstance(stored, tuple):
+        values = f"int{stored.bits}" if stored.keys_only else stored.name
+        stored = (TierSpec(slots=SLOTS, scheme=(stored.name, values)),)
     shape = (1, config.num_kv_heads, config.head_dim)
-    return empty_tier(make_policy("full"), spec, jnp.full((1,), SLOTS, jnp.int32), shape)
+    return [empty_tier(make_policy("full"), spec, jnp.full((1,), spec.slots, jnp.int32), shape) for spec in stored]
+
+
+def _relative(config) -> bool:
+    """Whether distances add to the logits."""
+    return config.rcmha is not None and config.rcmha.relative != "none"
 
 
 def _decode(config, dtype, scheme, ask):
-    tier, heads, size = _tier(config, scheme), config.num_kv_heads, config.head_dim
+    heads, size = config.num_kv_heads, config.head_dim
     queries = _normal(dtype, 1, heads, config.num_heads // heads, size)
     own = _normal(dtype, 1, heads, size, 1)
+    bias = lambda x: {"bias": _normal(jnp.float32, *queries.shape[:3], x.shape[2])} if _relative(config) else {}
+    of = lambda *x, live: Source(queries, *x, live, **bias(live))
     sources = (
-        Source(queries, packed_keys(tier), packed_values(tier), live_slots(tier)),
-        Source(queries, own, jnp.swapaxes(own, 2, 3), jnp.ones((1, heads, 1), bool)),
+        *(of(packed_keys(t), packed_values(t), live=live_slots(t)) for t in _tiers(config, scheme)),
+        of(own, jnp.swapaxes(own, 2, 3), live=jnp.ones((1, heads, 1), bool)),
     )
     decode_attention(sources, scale=config.query_scale, softcap=config.attention_softcap, implementation=ask)
 
 
 def _extend(config, dtype, scheme, ask):
-    tier, heads, size = _tier(config, scheme), config.num_kv_heads, config.head_dim
+    heads, size = config.num_kv_heads, config.head_dim
     queries, keys = (
         _normal(dtype, 1, heads, config.num_heads // heads, TOKENS, size),
         _normal(dtype, 1, heads, TOKENS, size),
     )
-    source = Source(queries, tier_keys(tier), tier_values(tier), live_slots(tier))
+    tiers = tuple(
+        TierSource(Source(queries, tier_keys(t), tier_values(t), live_slots(t)), positions_of(t))
+        for t in _tiers(config, scheme)
+    )
     extend_attention(
-        queries, keys, keys, (TierSource(source, positions_of(tier)),), positions=jnp.zeros((1, TOKENS), jnp.int32),
+        queries, keys, keys, tiers, positions=jnp.zeros((1, TOKENS), jnp.int32),
         valid=jnp.ones((1, TOKENS), bool), segments=None, causal=True, window=None, scale=config.query_scale,
         softcap=config.attention_softcap, row_statistic=None, merge=None, implementation=ask,
+        **({"relative": (queries, keys)} if _relative(config) else {}),
     )  # fmt: skip
 
 
@@ -182,10 +225,12 @@ def _column_sums(config, dtype, scheme, ask):
 
 
 def _slots(config, dtype, scheme, ask):
-    tier = _tier(config, scheme)
+    (tier,) = _tiers(config, scheme)
     arrays = (tier.keys.codes, *tier.keys.factors)
     slot = jnp.zeros(tier.limit.shape, jnp.int32)
-    read_slot(arrays, slot, axes=(3,) * len(arrays), groups=SLOTS // scheme.granule, implementation=ask)
+    read_slot(
+        arrays, slot, axes=(3,) * len(arrays), groups=tier.positions.shape[-1] // granule_of(tier), implementation=ask
+    )
 
 
 CASES = {  # operation: a call of it on shapes of a model

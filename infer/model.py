@@ -31,7 +31,8 @@ from pallas_kernels.decode_attention import slot_multiple
 class Completion:
     """One answer. token_ids: without the id that stopped it. logprobs: per token in nats, if asked for.
 
-    stats: cache_bytes (of one sequence, all that is allocated), cache (one line), prompt_tokens, new_tokens,
+    stats: cache_bytes (of one sequence, all that is allocated), cache (one line), kernels (what reads and writes it on this
+    platform: {"decode_attention": "xla", ...}, see `infer.kernel_table.kernels_of`), prompt_tokens, new_tokens,
     compile_seconds (in the compiler), time_to_first_token, decode_seconds, tokens_per_second (of the whole batch,
     decoding only, without the time in which its program was made).
     """
@@ -106,6 +107,12 @@ class LanguageModel:
             multiple=slot_multiple(),
         )  # fmt: skip
 
+    def kernels(self, planned: Plan) -> dict[str, str]:
+        """What reads and writes a cache of this plan here; see `infer.kernel_table.kernels_of`."""
+        from infer.kernel_table import kernels_of
+
+        return dict(kernels_of(self.config, planned.spec, self.dtype))
+
     def generate(
         self, prompts, *, max_new_tokens: int = 128, cache="full", budget=None, layer_weights=None, policy_options=None,
         sampling: Sampling | list[Sampling] | None = None, samples: int = 1, stop: list[str] | None = None,
@@ -161,6 +168,7 @@ class LanguageModel:
         self._check_window(lengths, streaming)
         planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
         request = self._request([sampling or Sampling()], 1, max_new_tokens, stop)
+        self.kernels(planned)  # is known from then on, and takes no time of what is timed
         started, compiled = time.perf_counter(), clock().compiling
         state = new_state(self.config, planned, lengths)
         hidden, state = read(
@@ -286,6 +294,7 @@ class LanguageModel:
         return {
             "cache_bytes": planned.bytes_per_row,
             "cache": planned.describe(),
+            "kernels": self.kernels(planned),
             "prompt_tokens": len(prompt),
             "new_tokens": new_tokens,
             "compile_seconds": compile_seconds,

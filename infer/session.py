@@ -28,7 +28,8 @@ SAVED = ("max_tokens", "system", "position", "_pending", "_before", "_seen")  # 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """text of the answer; stats: cache_bytes, copy_bytes (of the copy that a question not remembered was asked on)."""
+    """text of the answer; stats: cache_bytes, copy_bytes (of the copy that a question not remembered was asked on), kernels
+    (as of `infer.model.Completion`)."""
 
     text: str
     token_ids: list[int]
@@ -153,7 +154,8 @@ class Session:
                 self._pending, self._before = lm._visible(made)[len(made) - 1 :], self.pieces.after_answer
                 self._seen = sorted({*self._seen, *made})
         text = trim(lm.decode(lm._visible(made)), stop or [])
-        yield Answer(text, lm._visible(made), {"cache_bytes": self.cache_bytes, "copy_bytes": copied})
+        stats = {"cache_bytes": self.cache_bytes, "copy_bytes": copied, "kernels": lm.kernels(self.plan)}
+        yield Answer(text, lm._visible(made), stats)
 
     def _take(self):
         """The state, which reading donates; until one is put back, the session has none."""

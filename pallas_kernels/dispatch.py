@@ -31,6 +31,15 @@ def takes_all(*args, **options) -> None:
     """`why_not` of an implementation without limits."""
 
 
+def device_of(platform: str):
+    """The device that programs are compiled for: the mesh's in use, else this process's if it is of `platform` ("tpu",
+    "gpu"); None: not known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == platform:
+        device = jax.devices()[0]
+    return device
+
+
 def call(op: str, table: dict[str, Implementation], implementation: str | Callable | None, *args, **options):
     """Runs `op`. args, options: trees of arrays, and of anything else that is fixed when the program is traced.
 

@@ -26,6 +26,8 @@ CASES = {  # name -> (config, cache, budget, exact)
     "recency exact": (LONG, "recency", "50%", True),
     "full": (CONFIG, "full", None, False),
     "gemma tiers": (GEMMA, "rotated-4", "60%", False),
+    "two bits": (LONG, "rotated-2", "50%", False),
+    "groups": (LONG, "kivi-2", "50%", False),
     "replay": (dataclasses.replace(CONFIG, layers=CONFIG.layers[:1]), "kvzip", "50%", False),
 }
 

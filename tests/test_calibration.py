@@ -52,6 +52,21 @@ def test_rows_go_where_they_are_wanted(wanted, least, most, owner):
     assert shares.divided(np.asarray(wanted), least, most) == owner
 
 
+@pytest.mark.parametrize(("multiple", "budget"), [(128, "25%"), (128, "12.5%"), (16, "12.5%"), (16, "50%")])
+def test_block_rows_that_kernels_read_where_they_lie(smollm2, multiple, budget):
+    """Long tiers are multiples; what is allocated, all counted, is within the budget and not much below it."""
+    config, length = read_config(smollm2), 2000 if budget == "50%" else 8000
+    planned, fine = (
+        plan(config, "auto", budget, lengths=[length], dtype="bfloat16", multiple=n) for n in (multiple, 1)
+    )
+    assert planned.owners is not None
+    assert all(tier.slots % multiple == 0 or tier.slots <= 4 * multiple for tier in planned.spec[0].tiers)
+    assert any(tier.slots % multiple and tier.slots > 4 * multiple for tier in fine.spec[0].tiers)
+    assert tree_bytes(new_state(config, planned, [length])) == planned.bytes_per_row
+    assert planned.share == planned.bytes_per_row / full_bytes(config, length)
+    assert 0.95 * fine.share < planned.share <= float(budget[:-1]) / 100
+
+
 @pytest.mark.parametrize("cache", ["auto", "kvzip"])
 @pytest.mark.parametrize(("budget", "length"), [("128", 500), ("64", 500), ("40", 2000), ("6.25%", 2000), ("3%", 2000)])
 def test_every_head_holds_the_protected_tokens(smollm2, cache, budget, length):

@@ -42,6 +42,7 @@ def test_json_and_logprobs(generate):
     row = json.loads(out)
     assert (code, err) == (0, "") and row["text"] == after("abc", 8) and row["logprobs"] is None
     assert len(row["token_ids"]) == row["stats"]["new_tokens"] == 8 and row["stats"]["prompt_tokens"] == 3
+    assert row["stats"]["kernels"] == dict.fromkeys(("decode_attention", "extend_attention", "slots"), "xla")
     row = json.loads(generate("abc", "--json", "--logprobs")[1])
     assert len(row["logprobs"]) == 8 and all(-0.1 < x <= 0 for x in row["logprobs"])
 

@@ -1,6 +1,7 @@
 """The GPU kernel of `decode_attention`: by the GPU interpreter against the reference, and as machine code for Hopper."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -106,12 +107,46 @@ def test_heads_and_biases_that_it_refuses():
     assert "a bias per slot" in gpu.why_not(shapes(biased))
 
 
+@pytest.mark.parametrize("group, dtype", [(32, "bfloat16"), (16, "bfloat16"), (8, "float32")])
+def test_blocks_that_shared_memory_does_not_hold(group, dtype):
+    """Of int8, with the logits' place: said before the compiler of the kernel fails, and then XLA runs."""
+    large = shapes(case("128 int8 some", channels=256, group=group, dtype=dtype))
+    assert f"{group} query heads of 256 channels take " in gpu.why_not(large)
+    table = decode_attention.__globals__["IMPLEMENTATIONS"]
+    options = {"scale": 1.0, "softcap": None, "scores": True}
+    assert chosen("decode_attention", table, None, large, platform="cuda", **options) == "xla"
+    lowered(large, "xla")
+    with pytest.raises(ValueError, match="exceeds available shared memory"):
+        lowered(large, gpu.decode_attention)
+
+
+def test_blocks_that_shared_memory_holds():
+    """The largest of these that does."""
+    most = shapes(case("128 int8 some", channels=256, group=8, dtype="bfloat16"))
+    assert gpu.why_not(most) is None
+    lowered(most, gpu.decode_attention)
+
+
+def lowered(sources, run):
+    """For GPUs. run: an implementation's name, or a function in its place."""
+    leaves, tree = jax.tree.flatten(sources)
+    at = [number for number, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    direct = lambda op, table, sources, **options: run(sources, **options)
+
+    def attend(*arrays):
+        given = dict(zip(at, arrays, strict=True))
+        filled = jax.tree.unflatten(tree, [given.get(number, leaf) for number, leaf in enumerate(leaves)])
+        return decode_attention(filled, scale=1.0, softcap=None, implementation=run if isinstance(run, str) else direct)
+
+    jax.jit(attend).trace(*(leaves[number] for number in at)).lower(lowering_platforms=("cuda",))
+
+
 def test_other_generations_run_xla(monkeypatch):
     sources = shapes(case("128 int4 some"))
     table = decode_attention.__globals__["IMPLEMENTATIONS"]
     options = {"scale": 1.0, "softcap": None, "scores": True}
     assert chosen("decode_attention", table, None, sources, platform="cuda", **options) == "gpu"
-    monkeypatch.setattr(gpu, "_capability", lambda: "10.0")
+    monkeypatch.setattr(gpu, "device_of", lambda platform: types.SimpleNamespace(compute_capability="10.0"))
     assert chosen("decode_attention", table, None, sources, platform="cuda", **options) == "xla"
     with pytest.raises(NotImplementedError, match="need a Hopper GPU, of compute capability 9.0; this one has 10.0"):
         call("decode_attention", table, "gpu", sources, **options)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import types
 
 import cache_harness
 import jax
@@ -217,6 +218,21 @@ def test_what_the_kernel_refuses():
     with pytest.raises(NotImplementedError, match="keys have codes of 1 bits"):
         named(source(128)._replace(keys=wide._replace(bits=1)))
     assert chosen("decode_attention", IMPLEMENTATIONS, None, (source(128),), platform="cuda") == "xla"
+
+
+@pytest.mark.parametrize(
+    "chip, bits, runs", [("TPU v4", 2, "xla"), ("TPU v4", 3, "xla"), ("TPU v4", 4, "tpu"), ("TPU v5 lite", 2, "tpu")]
+)
+def test_chips_without_vectors_of_two_bits(chip, bits, runs, monkeypatch):
+    case = Case(
+        group=4, channels=128, batch=1, dtype="bfloat16", owners=False, bias=False,
+        tiers=(TierCase(slots=128, scheme=f"rotated{bits}", live="full"),),
+    )  # fmt: skip
+    monkeypatch.setattr(tpu, "device_of", lambda platform: types.SimpleNamespace(device_kind=chip))
+    sources = make(case)
+    assert chosen("decode_attention", IMPLEMENTATIONS, None, sources, platform="tpu") == runs
+    reason = f"source 0: keys have codes of {bits} bits, and the compiler for TPU v4 has no vectors of 2 bits."
+    assert tpu.why_not(sources) == (reason if runs == "xla" else None)
 
 
 # The cache

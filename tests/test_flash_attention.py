@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -374,6 +375,15 @@ def test_refusals():
     ]:
         with pytest.raises(NotImplementedError, match=reason):
             call(*args, **more, implementation="interpret")
+
+
+def test_chips_without_strided_rotations(monkeypatch):
+    q, k = np.zeros((1, 1, 1, 4, 8), np.float32), np.zeros((1, 1, 4, 8), np.float32)
+    call = functools.partial(flash_attention, q, k, k, scale=1.0, causal=True, implementation="interpret")
+    monkeypatch.setattr(tpu, "device_of", lambda platform: types.SimpleNamespace(device_kind="TPU v4"))
+    call()
+    with pytest.raises(NotImplementedError, match="a strided rotation, which the compiler for TPU v4 has not"):
+        call(relative=(q, k))
 
 
 def test_the_kernels_are_in_a_program_for_a_tpu_and_in_no_other():

@@ -1,5 +1,6 @@
 """`jaxkv info --kernels`: what would run where, as the kernels say themselves."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -7,9 +8,20 @@ import pkgutil
 
 import pytest
 from cache_harness import PLAIN
+from rcmha_harness import with_rcmha
 
 import pallas_kernels
-from infer.kernel_table import CASES, DIFFERENTIATED, PLATFORMS, WITHOUT_SCHEME, kernel_rows, kernels_here, table
+from infer.kernel_table import (
+    CASES,
+    DIFFERENTIATED,
+    PLATFORMS,
+    WITHOUT_SCHEME,
+    kernel_rows,
+    kernels_here,
+    kernels_of,
+    table,
+)
+from jaxkv.cache.budgets import plan as plan_cache
 from jaxkv.quantization import SCHEMES
 from pallas_kernels import causal_conv, decode_attention
 from pallas_kernels.dispatch import Implementation, call
@@ -88,6 +100,33 @@ def test_a_function_stands_in_for_implementations():
 
 def test_what_reads_the_full_cache():
     assert kernels_here(PLAIN, "bfloat16") == {"decode_attention": "xla", "extend_attention": "xla"}
+
+
+@pytest.mark.parametrize(
+    "name, kernels, found",
+    [
+        ("h2o", None, {"extend_attention": "xla", "decode_attention": "xla", "slots": "xla"}),
+        ("mikv", "interpret", {"extend_attention": "interpret", "decode_attention": "interpret", "slots": "interpret"}),
+        (
+            "kivi-2",
+            "interpret",
+            {"extend_attention": "interpret", "decode_attention": "interpret", "slots": "interpret, xla"},
+        ),
+    ],
+)
+def test_what_reads_and_writes_a_cache(name, kernels, found):
+    config = dataclasses.replace(PLAIN, kernels=kernels)
+    planned = plan_cache(config, name, "50%", lengths=[200], dtype="float32")
+    assert kernels_of(config, planned.spec, "float32") == found
+
+
+def test_a_term_by_distance_is_asked_with():
+    """Of a model whose logits have one, an operation that cannot take it is not said to."""
+    asked = [row for row in kernel_rows(with_rcmha(PLAIN), "float32") if row["platform"] == "tpu"]
+    found = {row["implementation"] for row in asked if row["operation"] == "extend_attention"}
+    assert found == {"xla"} and all(
+        "relative term" in r["why_not"]["tpu"] for r in asked if r["operation"] == "extend_attention"
+    )
 
 
 def test_command(command):

@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def in_process(python, *arguments):
     """What a program of `tests` or the command prints, in a process that the TPU compiler may end."""
-    place = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    place = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([python, *arguments], env=place, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done
@@ -275,6 +275,13 @@ def test_compiled_for_four_chips(compilers_python):
     for one in found["cases"].values():
         assert_consistent(one)
         assert one["report"]["mesh"] == {"data": 1, "tensor": 4}
+
+
+@pytest.mark.slow
+def test_compiled_for_a_chip_without_two_bits(compilers_python):
+    """The compiler for v4 ends its process at a kernel that reads codes of 2 bits: there, XLA reads them."""
+    found = json.loads(in_process(compilers_python, "tests/plan_run.py", "v4:2x2x1", "two bits", "groups").stdout)
+    assert [one["report"]["decode"] > 0 and one["report"]["fits"] for one in found["cases"].values()] == [True] * 2
 
 
 @pytest.mark.exhaustive

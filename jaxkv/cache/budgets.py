@@ -151,7 +151,7 @@ def plan(
       layer_weights: None (the preset's own), or a number > 0 per layer: a layer gets budget * weight / mean(weights), at
         most the length of the row and its own window; what it cannot use is not given to others.
       multiple: of which slots are allocated, in tiers of more than four times as many: kernels read those where they lie, see
-        `pallas_kernels.decode_attention.slot_multiple`. Tiers whose heads share out block rows are left as they are.
+        `pallas_kernels.decode_attention.slot_multiple`.
     Raises: ValueError for a budget that cannot hold the protected tokens, with the least that can; for `full` with less
       than everything; for weights that do not fit the model.
     """
@@ -161,7 +161,7 @@ def plan(
     calibration = find(config) if preset.calibrated and layer_weights is None else None
     if calibration is not None:
         known = preset.at(share, calibrated=True)
-        found = _plan_for(config, known, asked, lengths, dtype, calibration=calibration)
+        found = _plan_for(config, known, asked, lengths, dtype, calibration=calibration, multiple=multiple)
         if found is not None:
             return found
     planned = _plan_for(config, preset.at(share), asked, lengths, dtype, layer_weights=layer_weights, multiple=multiple)

@@ -61,8 +61,9 @@ class _Price:
         self.per_token = sum(part.share * cost for part, cost in zip(self.parts, self.per_slot, strict=True))
 
     def slots(self, places):
-        """Allocated: no tier has none."""
-        return np.maximum(places, STEP)
+        """Allocated: no tier has none; long ones are such as kernels read where they lie."""
+        multiple = self.layout.multiple
+        return np.where(places > 4 * multiple, -(-places // multiple) * multiple, np.maximum(places, STEP))
 
     def bytes(self, slots, rows: int) -> float:
         return self.fixed + rows * ((slots * self.per_slot).sum() + self.per_row)

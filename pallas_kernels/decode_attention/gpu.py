@@ -19,6 +19,7 @@ from pallas_kernels.decode_attention import packed, xla
 from pallas_kernels.decode_attention.merge import Part, merge
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.xla import NEGATIVE
+from pallas_kernels.dispatch import device_of
 
 SHORT = 64  # a source of fewer slots is no tier
 ARITHMETIC = frozenset("add sub mul neg integer_pow square convert_element_type".split())  # of levels, in registers
@@ -56,9 +57,9 @@ def form_of(x, *, minor: bool) -> Form:
     return Form(x.bits, groups, x.scale is not None, x.zero is not None, x.slots_minor, level)
 
 
-def why_not(sources, **_) -> str | None:
+def why_not(sources, *, scores=True, **_) -> str | None:
     """The reason why these sources are not for this kernel, as a sentence; shapes and dtypes are enough."""
-    capability = _capability()
+    capability = getattr(device_of("gpu"), "compute_capability", None)  # None: compiled where there is no GPU
     if capability not in (None, "9.0"):
         return f"its products of matrices need a Hopper GPU, of compute capability 9.0; this one has {capability}"
     if jax.__version_info__ < (0, 12) and importlib.util.find_spec("absl") is None:
@@ -66,15 +67,9 @@ def why_not(sources, **_) -> str | None:
     tiers = [source for source in sources if slots_of(source) >= SHORT]
     if not tiers:
         return f"no source has {SHORT} slots or more, and so few are not worth a kernel"
-    return next(filter(None, map(_refused, tiers)), None)
-
-
-def _capability() -> str | None:
-    """Of the GPU that programs are compiled for; None: on a machine without one, for one that is not known yet."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    return getattr(device, "compute_capability", None)
+    return next(filter(None, map(_refused, tiers)), None) or next(
+        filter(None, (_too_large(x, scores) for x in tiers)), None
+    )
 
 
 def _refused(source) -> str | None:
@@ -94,6 +89,21 @@ def _refused(source) -> str | None:
         if reason:
             return f"{name} {reason}"
     return None
+
+
+def _too_large(source, scores) -> str | None:
+    """Whether a block does not fit shared memory; those of narrower heads do."""
+    if source.queries.shape[3] < 256:
+        return None
+    from pallas_kernels.decode_attention.gpu_kernel import SHARED  # loads Mosaic: not when nothing needs it
+
+    like = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if hasattr(x, "shape") else x, source)
+    inputs = jax.eval_shape(lambda: _inputs(like()))
+    needed = _kernel(source, scale=1.0, softcap=None, scores=scores).shared(inputs)
+    if needed <= SHARED:
+        return None
+    group, channels = source.queries.shape[2:]
+    return f"{group} query heads of {channels} channels take {needed} bytes of shared memory with this tier; there are {SHARED}"
 
 
 def _unreadable(x, channels: int) -> str | None:
@@ -170,12 +180,46 @@ def _part(out, total, top, logits) -> Part:
 
 
 def _by_kernel(source, *, scale, softcap, scores, interpret) -> Part:
-    """Lays the source's arrays out for the kernel, without a copy of any as large as the tier, and merges its splits."""
-    from pallas_kernels.decode_attention.gpu_kernel import BLOCK, Kernel, run  # loads Mosaic: not when nothing needs it
+    """Runs the kernel, and merges its splits."""
+    from pallas_kernels.decode_attention.gpu_kernel import run
+
+    batch, rows, heads, _ = source.queries.shape
+    kernel = _kernel(source, scale=scale, softcap=softcap, scores=scores)
+    out, tops, totals, *logits = run(kernel, _inputs(source), interpret=interpret)
+    top = tops.max(axis=1, keepdims=True)  # [R, splits, N]
+    weight = jnp.exp(tops - top)
+    out = jnp.einsum("rshn,rsn->rnh", out, weight, precision="highest")
+    out = out[:, :, np.argsort(kernel.values.order(kernel.channels))]
+    back = lambda x: x[:, :heads].reshape(batch, rows, heads, -1)
+    if scores:  # blocks behind the last live slot were not visited
+        logits = jnp.where(source.live[:, :, None], back(logits[0]), NEGATIVE)
+    return _part(back(out), back((totals * weight).sum(axis=1)), back(top[:, 0]), logits if scores else None)
+
+
+def _kernel(source, *, scale, softcap, scores):
+    """The kernel of a source, of which shapes and dtypes are enough."""
+    from pallas_kernels.decode_attention.gpu_kernel import Kernel
+
+    batch, rows, heads, channels = source.queries.shape
+    return Kernel(
+        keys=form_of(source.keys, minor=True), values=form_of(source.values, minor=False), rows=batch * rows,
+        slots=slots_of(source), channels=channels, columns=_columns(heads), scale=scale, softcap=softcap,
+        terms=1 if source.queries.dtype == BF16 else 2, scores=scores,
+    )  # fmt: skip
+
+
+def _columns(heads: int) -> int:
+    """Query heads, padded."""
+    return -(-heads // 8) * 8
+
+
+def _inputs(source) -> dict:
+    """The source's arrays as the kernel takes them, without a copy of any as large as the tier."""
+    from pallas_kernels.decode_attention.gpu_kernel import BLOCK
 
     batch, rows, heads, channels = source.queries.shape
     keys, values, slots = form_of(source.keys, minor=True), form_of(source.values, minor=False), slots_of(source)
-    columns, count = -(-heads // 8) * 8, batch * rows
+    columns, count = _columns(heads), batch * rows
     flat = lambda x: x.reshape(count, *x.shape[2:])
     queries = jnp.pad(flat(source.queries), ((0, 0), (0, columns - heads), (0, 0)))
     inputs = {"queries": _terms(queries[:, :, keys.order(channels)])}
@@ -187,18 +231,7 @@ def _by_kernel(source, *, scale, softcap, scores, interpret) -> Part:
     inputs |= {"blocks": blocks, "live": live.astype(jnp.int8)}
     for name, x, form in (("keys", source.keys, keys), ("values", source.values, values)):
         inputs |= {f"{name}.{part}": flat(array) for part, array in _arrays(x, form).items()}
-    kernel = Kernel(
-        keys=keys, values=values, rows=count, slots=slots, channels=channels, columns=columns, scale=scale, softcap=softcap,
-        terms=1 if source.queries.dtype == BF16 else 2, scores=scores,
-    )  # fmt: skip
-    out, tops, totals, *logits = run(kernel, inputs, interpret=interpret)
-    top = tops.max(axis=1, keepdims=True)  # [R, splits, N]
-    weight = jnp.exp(tops - top)
-    out = jnp.einsum("rshn,rsn->rnh", out, weight, precision="highest")[:, :, np.argsort(values.order(channels))]
-    back = lambda x: x[:, :heads].reshape(batch, rows, heads, -1)
-    if scores:  # blocks behind the last live slot were not visited
-        logits = jnp.where(source.live[:, :, None], back(logits[0]), NEGATIVE)
-    return _part(back(out), back((totals * weight).sum(axis=1)), back(top[:, 0]), logits if scores else None)
+    return inputs
 
 
 def _terms(x):

@@ -26,6 +26,7 @@ BLOCK = 128  # slots at a time
 PROCESSORS = 132  # of an H100 or H200
 SHARED = 227 << 10  # bytes of shared memory of one
 SPARE = 8 << 10  # of these, for what the compiler keeps there
+KEPT = 2 << 10  # bytes that it was seen to keep, rounded up
 ONCE = ("queries", "sums", "blocks")  # operands that are not copied block by block
 LOG2E = float(np.log2(np.e))
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -124,6 +125,10 @@ class Kernel:
             if sum(map(_bytes, scratch.values())) + SPARE <= most:
                 return scratch
         return sizes[3]
+
+    def shared(self, inputs: dict) -> int:
+        """Bytes of shared memory that it needs at least."""
+        return sum(map(_bytes, self._scratch(inputs, 1).values())) + KEPT
 
     def _scratch(self, inputs: dict, stages: int) -> dict:
         n, h, copied = self.columns, self.channels, [name for name in inputs if name not in ONCE]

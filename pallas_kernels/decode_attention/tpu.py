@@ -30,8 +30,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention.merge import Part, merge, of_one_slot
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.xla import NEGATIVE, softcapped
+from pallas_kernels.dispatch import device_of
 
 LANES, SUBLANES = 128, 8
+NO_PAIRS = ("TPU v4",)  # chips that the compiler has no vectors of 2 bits for: it ends its process
 BLOCK = 2048 * 128  # slots times channels of a block at most: double-buffered float32 keys and values are 4 MiB then
 VMEM = 48 * 2**20  # of 128 MiB (64 on tpu7x); the compiler's own limit is lower
 FACTORS = 128  # columns of factors that slots share, of one block
@@ -65,6 +67,7 @@ def _is_one_slot(source) -> bool:
 
 def _refused(source) -> str | None:
     channels, slots = source.queries.shape[3], source.live.shape[2]
+    kind = getattr(device_of("tpu"), "device_kind", None)
     if jnp.dtype(source.queries.dtype).name not in ("float32", "bfloat16"):
         return f"queries are {source.queries.dtype}; the kernel takes float32 and bfloat16."
     for name, stored in (("keys", source.keys), ("values", source.values)):
@@ -76,6 +79,8 @@ def _refused(source) -> str | None:
             return f"{name} are {stored.bits}-bit codes in {stored.codes.dtype}; the kernel takes uint8, and uint16 for 16."
         if stored.bits not in (2, 3, 4, 8, 16):
             return f"{name} have codes of {stored.bits} bits; the kernel takes 2, 3, 4, 8 and 16."
+        if stored.bits in (2, 3) and kind in NO_PAIRS:
+            return f"{name} have codes of {stored.bits} bits, and the compiler for {kind} has no vectors of 2 bits."
         if any(x is not None and jnp.dtype(x.dtype).name != "uint16" for x in (stored.scale, stored.zero)):
             return f"factors of {name} are float32; the kernel reads bfloat16 bits in uint16."
     if _block(source) is None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.dispatch import device_of
 from pallas_kernels.flash_attention.operands import DEAD, GLOBAL, NEG, needed, pad, span
 
 ROWS = 64  # queries of a warpgroup
@@ -21,16 +22,13 @@ STAGES = 2
 KEYS = {
     True: 128,
     False: 64,
-}  # at a time; whether nothing but their order says who sees them, else that wants registers too
+}  # at a time: whether only their order says who sees them; what else does wants registers too
 LOG2E = float(np.log2(np.e))
 
 
 def why_not(x, **_) -> str | None:
     """The reason why `forward` cannot take this case, as a sentence. x: the operation's `Operands`."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None and jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "9.0")  # programs may be compiled without a GPU
+    capability = getattr(device_of("gpu"), "compute_capability", "9.0")  # programs may be compiled without a GPU
     if capability != "9.0":
         return f"its products of matrices need a Hopper GPU, of compute capability 9.0; this one has {capability}"
     if jax.__version_info__ < (0, 12) and importlib.util.find_spec("absl") is None:

@@ -4,7 +4,7 @@ What goes with queries or keys one number each (positions, segments, log-sum-exp
 dense; a kernel that needs it along the rows of a block turns it there, once per row of blocks.
 
 The relative term is a product with the rows of the reversed table that a block can need, 2 blocks of them, shifted in row r
-by r: a strided rotation (not on v4, whose compiler has none).
+by r: a strided rotation.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import device_of
 from pallas_kernels.flash_attention.operands import (
     NEG,
     Operands,
@@ -30,6 +31,7 @@ from pallas_kernels.flash_attention.operands import (
 )
 
 LANES = 128
+UNROTATED = ("TPU v4",)  # chips that the compiler has no strided rotation for
 COLUMN = " column"  # of a vector's name: the same turned to lie along rows
 
 
@@ -63,6 +65,9 @@ def why_not(x: Operands, *rest, rule: Rule) -> str | None:
         return f"it computes in float32 and bfloat16, not {x.q.dtype}"
     if max(x.q.shape[4], x.v.shape[3]) > 256:
         return f"a block of heads of {max(x.q.shape[4], x.v.shape[3])} channels leaves no room; at most 256"
+    kind = getattr(device_of("tpu"), "device_kind", None)
+    if x.relative_q is not None and kind in UNROTATED:
+        return f"its relative term is a strided rotation, which the compiler for {kind} has not"
     if rule.block is not None and rule.block % LANES:
         return f"a block of {rule.block} is not a multiple of {LANES} lanes"
     return None
