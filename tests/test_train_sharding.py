@@ -76,6 +76,7 @@ recipe = Recipe(
     model=Model(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64,
                 tie_embeddings=False),
     data=Data(train=("text.txt",), tokenizer="bytes"), optimizer=Optimizer(learning_rate=3e-3), steps=4, batch=8, sequence=16,
+    memory=int(sys.argv[2]),
     out="none", checkpoints=Checkpoints(every=2), evaluation=Evaluation(every=0, batches=1), logging=Logging(curves=False),
 )
 found, layout = {}, {}
@@ -96,7 +97,8 @@ print(json.dumps([found, layout]))
 
 
 @pytest.mark.exhaustive
-def test_eight_devices_give_the_losses_of_one(tmp_path):
+@pytest.mark.parametrize("memory", [0, 12])
+def test_eight_devices_give_the_losses_of_one(tmp_path, memory):
     """Every kind of mesh of eight that these two kv heads allow; a checkpoint of one mesh goes on on another."""
     pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(97, 123, 3000))))
@@ -106,7 +108,7 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", EIGHT, json.dumps(meshes)], cwd=tmp_path, env=place, capture_output=True, text=True,
+        [sys.executable, "-c", EIGHT, json.dumps(meshes), str(memory)], cwd=tmp_path, env=place, capture_output=True, text=True,
         timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -105,9 +105,11 @@ def unsharded(shapes, mesh: Mesh) -> list[str]:
 
 def state_shardings(state, mesh: Mesh):
     """A NamedSharding for every array of a `TrainState` (arrays or shapes), by the path of the parameter that it is, or
-    that it belongs to; other numbers are everywhere."""
+    that it belongs to; a memory lies where its rows do, other numbers are everywhere."""
 
     def one(path, leaf):
+        if path[0] == jax.tree_util.GetAttrKey("memory"):
+            return batch_sharding(mesh)
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         spec = parameter_spec(names[-1], leaf.shape, mesh) if names else PartitionSpec()
         return NamedSharding(mesh, spec)
@@ -116,7 +118,7 @@ def state_shardings(state, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array [B, T] of a batch."""
+    """Of every array [B, ...] of a batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
