@@ -10,8 +10,9 @@ import pytest
 import tolerances
 
 from jaxkv import decoder
-from jaxkv.causal import causal_forward
-from train.config import Compute, Data, Model, Optimizer, Recipe
+from jaxkv.attention import ATTENTION
+from jaxkv.causal import _attend, causal_forward
+from train.config import Compute, Data, Model, Optimizer, Recipe, decoder_config
 from train.optimizer import unflatten
 from train.prepare import prepare
 
@@ -24,7 +25,8 @@ def arms(monkeypatch):
     import arms
 
     yield arms
-    del sys.modules["arms"]
+    for name in ("arms", "common", "quality", "ssa_arms"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -73,3 +75,33 @@ def test_a_validation_by_hand(arms, recipe, monkeypatch):
     right = np.argmax(logits, -1) == batch["targets"]
     np.testing.assert_allclose(last.accuracy, right.mean(), rtol=tolerances.LOSS)
     assert count % recipe.batch  # the last batch is not full
+
+
+def test_signals_among_noise(arms):
+    """What is drawn is what the optimal guess assumes; a layer is the models' own attention, for the last tokens."""
+    import ssa_arms
+
+    x, s, told = ssa_arms.draw(jax.random.key(0), 2000, 64)
+    marked = np.asarray(x[..., 0]) > 0
+    assert (marked.sum(axis=1) == ssa_arms.SIGNALS).all() and (told == np.cumsum(marked, axis=1)).all()
+    np.testing.assert_allclose(marked.mean(axis=0), ssa_arms.SIGNALS / 64, atol=4 * 0.0055)  # everywhere
+    apart = (np.asarray(x[..., 2:]) - np.asarray(s)[:, None])[marked]
+    np.testing.assert_allclose(apart.std(), ssa_arms.NOISE, rtol=0.02)
+    expected = ssa_arms.NOISE**2 / (ssa_arms.SIGNALS + ssa_arms.NOISE**2)
+    for error in ssa_arms.without_learning()["Bayes"].values():
+        np.testing.assert_allclose(error, expected, rtol=0.05)
+    model = Model(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, max_positions=64, rope="none",
+                  attention="ssa")  # fmt: skip
+    config = decoder_config(model, 2)
+    module, x, rng = ATTENTION["ssa"](config), x[:3, :20], np.random.default_rng(0)
+    params = module.init(jax.random.key(0), x, ssa_arms.place_of(x), 20, method=ssa_arms.layer)
+    params = jax.tree.map(lambda y: y + 0.3 * rng.standard_normal(y.shape).astype(np.float32), params)
+    found = module.apply(params, x, ssa_arms.place_of(x), 4, method=ssa_arms.layer)
+
+    def own(module, x, place):
+        p = module.project(x, place)
+        options = dict(length=20, unmet=0, segments=place.positions * 0, config=config, kind=config.layers[0])
+        return module.output(_attend(p, **options)[0])
+
+    expected = module.apply(params, x, ssa_arms.place_of(x), method=own)[:, -4:]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerances.HIDDEN)
