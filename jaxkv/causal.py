@@ -15,11 +15,13 @@ remembered and projected again. Departs: of a layer that convolves over time, Kw
 convolution sees, so that a remembered key is that of the whole text and not that of a text which begins with the memory.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxkv import decoder
 from jaxkv.cache.attend import by_group, relative_by_group
@@ -29,6 +31,16 @@ from jaxkv.types import Array, Memory, Place, Projected
 from pallas_kernels.flash_attention import DEAD, flash_attention
 
 REMAT = ("none", "block", "dots")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Axes of a mesh that the rows of a batch and the kv heads are cut over. The compiler cuts all by itself but kernels: these
+    are mapped over the mesh."""
+
+    mesh: Mesh
+    rows: tuple[str, ...]
+    heads: str
 
 
 def causal_forward(params, tokens: Array, **options) -> Array:
@@ -46,6 +58,7 @@ def segment_forward(
     segments: Array,
     remat: str,
     prepare: Callable[[Mapping], Mapping] = lambda params: params,
+    spread: Spread | None = None,
 ) -> tuple[Array, Memory | None]:
     """Hidden states of packed sequences, before the head, after the final norm.
 
@@ -57,6 +70,7 @@ def segment_forward(
         products with parameters.
       prepare: (parameters of a block, or of one of those around the blocks) -> those that are used. It is called where they
         are used, so that what it makes of them (another dtype, adapters added) exists for a block at a time.
+      spread: over several devices, which share the rows and the kv heads evenly; None: one device.
     Returns: [B, T, D]; the memory after these tokens, of as many, through which no gradient goes.
     Raises: ValueError for an unknown remat; for sequences longer than a table of positions or distances that was learned;
       for a memory of a model that goes by absolute positions.
@@ -84,7 +98,9 @@ def segment_forward(
     turned = {rope: angles(make_rotary(rope, lengths), positions) for rope in config.ropes}
 
     def block(params, x, past, turned, kind):
-        attend = functools.partial(_attend, length=length, unmet=unmet, segments=segments, config=config, kind=kind)
+        attend = functools.partial(
+            _attend, length=length, unmet=unmet, segments=segments, config=config, kind=kind, spread=spread
+        )
         place = Place(positions, turned, (turned,), segments=segments, recalled=recalled)
         return decoder.Block(config).apply({"params": prepare(params)}, x, place, attend, past)[0]
 
@@ -132,7 +148,10 @@ def _behind(config: DecoderConfig) -> int:
     return config.taps[0] if config.taps else 0
 
 
-def _attend(projected: Projected, *, length: int, unmet: int, segments, config: DecoderConfig, kind: LayerConfig):
+def _attend(
+    projected: Projected, *, length: int, unmet: int, segments, config: DecoderConfig, kind: LayerConfig,
+    spread: Spread | None,
+):  # fmt: skip
     """The last `length` tokens attend to all but the first `unmet`. Within a text, tokens stand as far apart as their indices
     say. Returns: heads [B, length, N, H], and nothing to store."""
     batch, _, heads, size = projected.keys.shape
@@ -143,8 +162,18 @@ def _attend(projected: Projected, *, length: int, unmet: int, segments, config: 
         relative = relative_by_group(relative._replace(queries=relative.queries[:, -length:]), heads)
         far = keys.shape[2]
         relative = relative[0], relative[1][:, :, : min(far, kind.window or far)]  # the distances that can be seen
-    out, _ = flash_attention(
-        grouped, keys, values, query_segments=segments[:, -length:], key_segments=segments[:, unmet:], causal=True,
-        window=kind.window, scale=config.query_scale, softcap=config.attention_softcap, relative=relative,
-    )  # fmt: skip
+
+    def attend(queries, keys, values, mine, theirs, relative):
+        return flash_attention(
+            queries, keys, values, query_segments=mine, key_segments=theirs, causal=True, window=kind.window,
+            scale=config.query_scale, softcap=config.attention_softcap, relative=relative,
+        )[0]  # fmt: skip
+
+    if spread is not None:
+        rows, cut = PartitionSpec(spread.rows), PartitionSpec(spread.rows, spread.heads)
+        by_head = relative is not None and relative[1].shape[0] > 1
+        table = PartitionSpec(spread.heads if by_head else None)
+        specs = (cut, cut, cut, rows, rows, None if relative is None else (cut, table))
+        attend = jax.shard_map(attend, mesh=spread.mesh, in_specs=specs, out_specs=cut, check_vma=False)
+    out = attend(grouped, keys, values, segments[:, -length:], segments[:, unmet:], relative)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, -1, size), None

@@ -22,7 +22,7 @@ from train.config import Recipe, TrainError, decoder_config
 from train.data import Windows, check_vocabulary, load_texts, make_corpus, make_tokenizer
 from train.lora import make_adapters
 from train.optimizer import flatten, make_optimizer, make_schedule, split_frozen
-from train.sharding import check_batch, check_heads, make_mesh, state_shardings
+from train.sharding import check_batch, check_heads, make_mesh, make_spread, state_shardings
 from train.step import Plan, TrainState
 
 
@@ -98,6 +98,7 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
         plan=Plan(
             config=config, optimizer=optimizer, lora=recipe.lora, dtype=recipe.compute.dtype, remat=recipe.compute.remat,
             loss_tokens=recipe.compute.loss_tokens, z_loss=recipe.z_loss, parts=recipe.compute.accumulation,
+            spread=make_spread(mesh),
         ),
     )  # fmt: skip
 

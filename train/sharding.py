@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxkv.causal import Spread
 from jaxkv.config import DecoderConfig
 from train.config import Compute, TrainError
 from train.optimizer import matches
@@ -56,6 +57,11 @@ def make_mesh(compute: Compute, devices) -> Mesh:
         )
     sizes = {name: size or count // given for name, size in sizes.items()}
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def make_spread(mesh: Mesh) -> Spread | None:
+    """How attention is mapped over a mesh; None for one device."""
+    return Spread(mesh=mesh, rows=ROWS, heads=MESH_AXIS["heads"]) if mesh.size > 1 else None
 
 
 def check_batch(mesh: Mesh, batch: int, parts: int) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxkv.causal import segment_forward
+from jaxkv.causal import Spread, segment_forward
 from jaxkv.config import DecoderConfig
 from jaxkv.types import Array, Memory
 from train.config import Lora
@@ -35,7 +35,8 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a step is compiled from. dtype: of the forward pass. parts: of a batch, one after the other."""
+    """What a step is compiled from. dtype: of the forward pass. parts: of a batch, one after the other.
+    spread: over several devices; None: one."""
 
     config: DecoderConfig
     optimizer: optax.GradientTransformation
@@ -45,6 +46,7 @@ class Plan:
     loss_tokens: int
     z_loss: float
     parts: int
+    spread: Spread | None = None
 
 
 def batch_loss(flat: Flat, batch: Batch, memory: Memory | None, plan: Plan) -> tuple[Sums, Memory | None]:
@@ -58,7 +60,7 @@ def batch_loss(flat: Flat, batch: Batch, memory: Memory | None, plan: Plan) -> t
     params = unflatten(flat)
     hidden, memory = segment_forward(
         params, batch["tokens"], memory, config=plan.config, positions=batch["positions"], segments=batch["segments"],
-        remat=plan.remat, prepare=prepare,
+        remat=plan.remat, prepare=prepare, spread=plan.spread,
     )  # fmt: skip
     head = {"head": prepare(params["head"])}
     sums = token_losses(
