@@ -100,7 +100,9 @@ def test_signals_among_noise(arms):
 
     def own(module, x, place):
         p = module.project(x, place)
-        options = dict(length=20, unmet=0, segments=place.positions * 0, config=config, kind=config.layers[0])
+        options = dict(
+            length=20, unmet=0, segments=place.positions * 0, config=config, kind=config.layers[0], spread=None
+        )
         return module.output(_attend(p, **options)[0])
 
     expected = module.apply(params, x, ssa_arms.place_of(x), method=own)[:, -4:]
