@@ -3,7 +3,8 @@
 python benchmarks/kill_and_resume.py --kills 20 --text FILE
 
 A moment is drawn from a little before the first step to so much later that the run is about done with the last kill.
-Losses of every step and the parameters at the end must be the same bits. Exit code 1 if they are not.
+Losses of every step and the parameters at the end must be the same bits. Exit code 1 if they are not. Other
+options are fields of the recipe, such as --memory 16.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def start(out: pathlib.Path, options) -> subprocess.Popen:
         "--out",
         str(out),
     ]
-    words += [*FIELDS, "--compilation-cache", str(out.parent / "compiled")]
+    words += [*FIELDS, *options.fields, "--compilation-cache", str(out.parent / "compiled")]
     place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, *words], env=place, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -64,7 +65,7 @@ def main() -> int:
     parser.add_argument("--text", default="tinyshakespeare")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write what was seen to this file")
-    options = parser.parse_args()
+    options, options.fields = parser.parse_known_args()
     draw, seen = random.Random(options.seed), {}
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = pathlib.Path(folder) / "whole", pathlib.Path(folder) / "cut"

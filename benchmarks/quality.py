@@ -56,9 +56,9 @@ def measure(parser, given, caches, *, script):
 
 
 def command(parser, given, script) -> str:
-    """The command line of these options, defaults left out, a text without its folder."""
+    """The command line of these options, defaults left out, texts without their folders."""
     shown = {k: v for k, v in vars(given).items() if k not in ("out", "title") and v != parser.get_default(k)}
-    shown = {k: pathlib.Path(v).name if k == "text" else v for k, v in shown.items()}
+    shown = {k: pathlib.Path(v).name if k in ("text", "validation") else v for k, v in shown.items()}
     return " ".join([f"python benchmarks/{script}", *(f"--{k} '{v}'" for k, v in shown.items())])
 
 

@@ -57,13 +57,15 @@ class Block(nn.Module):
         self.attention = ATTENTION[c.attention](c)
         self.mlp = MLP(c)
 
-    def __call__(self, x: Array, place: Place, attend):
-        x, aux = self.mix_tokens(x, place, attend)
+    def __call__(self, x: Array, place: Place, attend, recalled: Array | None = None):
+        x, aux = self.mix_tokens(x, place, attend, recalled)
         return self.feed_forward(x), aux
 
-    def mix_tokens(self, x: Array, place: Place, attend):
-        """The first half: attention, and its residual."""
-        heads, aux = attend(self.attention.project(self.attention_norm(x), place))
+    def mix_tokens(self, x: Array, place: Place, attend, recalled: Array | None = None):
+        """The first half: attention, and its residual. recalled [B, R, D]: earlier inputs of this layer, projected before x;
+        `place` counts them, and `attend` returns heads of x alone."""
+        seen = x if recalled is None else jnp.concatenate([recalled, x], axis=1)
+        heads, aux = attend(self.attention.project(self.attention_norm(seen), place))
         y = sum_shards(self.attention.output(heads), self.config.tensor_axis)
         return x + (self.post_attention_norm(y) if self.config.sandwich_norms else y), aux
 

@@ -102,6 +102,15 @@ class State:
     next_position: Array
 
 
+@_pytree
+class Memory:
+    """What a row of a stream hands on from one segment to the next while a model is trained (`jaxkv.causal`): of its last R
+    tokens hidden, the input [B, R, D] of each layer, and segments [B, R] int32, -2 where there was no token yet."""
+
+    hidden: tuple[Array, ...]
+    segments: Array
+
+
 class Place(NamedTuple):
     """Where the tokens [B, T] of a forward pass stand, for attention variants (`jaxkv.attention`).
 
@@ -109,7 +118,8 @@ class Place(NamedTuple):
     valid [B, T] bool: others are pads; None: all. lasting [B, T] bool: those that also take a place in the row; None: the
     valid ones. segments [B, T] int32: tokens see their own, and -1 sees and is seen by all; None: one. passages [B, T] int32:
     n > 0 is the n-th token of a passage behind the lasting ones, which knows nothing of other passages; None: there are none.
-    taps: the layer's; None: nothing came before, and nothing is carried on.
+    taps: the layer's; None: nothing came before, and nothing is carried on. recalled [B, T] bool: tokens of earlier segments,
+    of which only keys and values are wanted; None: there are none.
     """
 
     positions: Array
@@ -120,6 +130,7 @@ class Place(NamedTuple):
     segments: Array | None = None
     passages: Array | None = None
     taps: Array | None = None
+    recalled: Array | None = None
 
 
 class Relative(NamedTuple):

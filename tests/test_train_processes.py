@@ -35,14 +35,15 @@ def finish(*processes):
 
 
 @pytest.mark.exhaustive
-def test_two_processes_are_one_run(tmp_path):
+@pytest.mark.parametrize("memory", ["0", "12"])
+def test_two_processes_are_one_run(tmp_path, memory):
     pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("".join(np.random.default_rng(0).choice(list("abcd \n"), 600)))
-    finish(start(tmp_path, "one"))
+    finish(start(tmp_path, "one", "--memory", memory))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    both = ("--coordinator", f"localhost:{port}", "--processes", "2")
+    both = ("--memory", memory, "--coordinator", f"localhost:{port}", "--processes", "2")
     finish(*(start(tmp_path, "two", *both, "--process", str(i)) for i in range(2)))
     one, two = (read_metrics(str(tmp_path / out)) for out in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]

@@ -20,8 +20,10 @@ def report(out, **options):
 def test_flops_by_hand():
     """6 per trained parameter and token, 4 per frozen one; attention adds 2 products of N H per seen key, thrice, half of
     a square."""
-    assert step_flops(PLAIN, trained=1000, frozen=0, tokens=10, sequence=64) == 10 * (6 * 1000 + 6 * 32 * (64 + 64))
-    assert step_flops(MIXED, trained=300, frozen=700, tokens=10, sequence=64) == 10 * (
+    assert step_flops(PLAIN, trained=1000, frozen=0, tokens=10, sequence=64, memory=0) == 10 * (
+        6 * 1000 + 6 * 32 * (64 + 64)
+    )
+    assert step_flops(MIXED, trained=300, frozen=700, tokens=10, sequence=64, memory=0) == 10 * (
         6 * 300 + 4 * 700 + 6 * 32 * (64 + WINDOW)
     )
     device = types.SimpleNamespace(device_kind="TPU v5e")

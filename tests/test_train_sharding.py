@@ -74,8 +74,9 @@ from train.loop import train
 from train.prepare import prepare
 recipe = Recipe(
     model=Model(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64,
-                tie_embeddings=False),
+                tie_embeddings=False, **json.loads(sys.argv[3])),
     data=Data(train=("text.txt",), tokenizer="bytes"), optimizer=Optimizer(learning_rate=3e-3), steps=4, batch=8, sequence=16,
+    memory=int(sys.argv[2]),
     out="none", checkpoints=Checkpoints(every=2), evaluation=Evaluation(every=0, batches=1), logging=Logging(curves=False),
 )
 found, layout = {}, {}
@@ -96,7 +97,8 @@ print(json.dumps([found, layout]))
 
 
 @pytest.mark.exhaustive
-def test_eight_devices_give_the_losses_of_one(tmp_path):
+@pytest.mark.parametrize("memory, more", [(0, {}), (12, {"attention": "rcmha", "rope": "none"})])
+def test_eight_devices_give_the_losses_of_one(tmp_path, memory, more):
     """Every kind of mesh of eight that these two kv heads allow; a checkpoint of one mesh goes on on another."""
     pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(97, 123, 3000))))
@@ -106,8 +108,8 @@ def test_eight_devices_give_the_losses_of_one(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", EIGHT, json.dumps(meshes)], cwd=tmp_path, env=place, capture_output=True, text=True,
-        timeout=1200,
+        [sys.executable, "-c", EIGHT, json.dumps(meshes), str(memory), json.dumps(more)], cwd=tmp_path, env=place,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found, layout = json.loads(done.stdout.splitlines()[-1])

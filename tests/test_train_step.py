@@ -35,7 +35,7 @@ def loss_of_cache(flat, batch, edge, length, config):
 
 
 def mean_loss(flat, batch, made):
-    return batch_loss(flat, batch, made).loss / batch["weights"].sum()
+    return batch_loss(flat, batch, None, made)[0].loss / batch["weights"].sum()
 
 
 @pytest.mark.parametrize("config", [PLAIN, MIXED], ids=["whole", "local"])
@@ -180,7 +180,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     exact = mean_loss(FLAT, batch, plan())
     assert 0 < abs(metrics["loss"] - exact) < 0.02 * exact
     assert {x.dtype for x in state.trained.values()} == {jnp.dtype(jnp.float32)}
-    products = list(find_products(jax.make_jaxpr(lambda flat: batch_loss(flat, batch, made))(FLAT)))
+    products = list(find_products(jax.make_jaxpr(lambda flat: batch_loss(flat, batch, None, made))(FLAT)))
     assert products and all(x.aval.dtype == jnp.bfloat16 for product in products for x in product.invars)
 
 

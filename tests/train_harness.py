@@ -47,8 +47,8 @@ def plan(config=MIXED, optimizer=None, **options):
     return Plan(config=config, optimizer=optimizer or optax.sgd(0.1), **(defaults | options))
 
 
-def new_state(flat, made, frozen=None):
+def new_state(flat, made, frozen=None, memory=None):
     return TrainState(
         step=jnp.zeros((), jnp.int32), trained=flat, frozen=frozen or {}, optimizer=made.optimizer.init(flat),
-        key=jax.random.key_data(jax.random.key(0)),
+        key=jax.random.key_data(jax.random.key(0)), memory=memory,
     )  # fmt: skip

@@ -261,8 +261,9 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run. batch: sequences per step, over all devices and parts. sequence: tokens each. z_loss: weight of the squared
-    log-normalizer (PaLM, arXiv 2204.02311, uses 1e-4). out: the run's folder."""
+    """A run. batch: sequences per step, over all devices and parts. sequence: tokens each. memory: so many tokens before its
+    sequence a row sees too, without gradients (`jaxkv.causal`), and each row reads on where it was; 0: none. z_loss: weight
+    of the squared log-normalizer (PaLM, arXiv 2204.02311, uses 1e-4). out: the run's folder."""
 
     model: Model
     data: Data
@@ -277,20 +278,24 @@ class Recipe:
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
+    memory: int = 0
     z_loss: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
         _positive(self, "steps", "batch", "sequence")
-        _not_negative(self, "z_loss", "seed")
+        _not_negative(self, "memory", "z_loss", "seed")
         if self.batch % self.compute.accumulation:
             raise TrainError(
                 f"batch {self.batch} is not a multiple of compute.accumulation {self.compute.accumulation}"
             )
-        if self.model.base is None and self.sequence > self.model.max_positions:
+        if self.memory and self.data.whole:
             raise TrainError(
-                f"sequence {self.sequence} is longer than model.max_positions {self.model.max_positions}; raise one or"
-                " lower the other"
+                "a memory is of rows that read on, and data.whole puts texts where they fit; leave out one"
+            )
+        if self.model.base is None and self.sees > self.model.max_positions:
+            raise TrainError(
+                f"{self.seeing} is longer than model.max_positions {self.model.max_positions}; raise one or lower the other"
             )
         if self.model.base is None and self.data.tokenizer == "base":
             raise TrainError(
@@ -306,8 +311,18 @@ class Recipe:
             )
         known = [self.model.learned_positions, self.model.rcmha.distances if self.model.window is None else None]
         table = min((n for n in known if n is not None), default=None)
-        if table is not None and self.sequence > table:
-            raise TrainError(f"sequence {self.sequence} is longer than the model's table of {table}; lower it")
+        if table is not None and self.sees > table:
+            raise TrainError(f"{self.seeing} is longer than the model's table of {table}; lower it")
+
+    @property
+    def sees(self) -> int:
+        """Tokens that the last one of a sequence may see, itself included."""
+        return self.memory + self.sequence
+
+    @property
+    def seeing(self) -> str:
+        """The same in words."""
+        return f"sequence {self.sequence}" + (f" behind a memory of {self.memory}" if self.memory else "")
 
 
 def _rcmha(model: Model) -> RcmhaConfig | None:

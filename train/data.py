@@ -8,6 +8,11 @@
 
 An epoch is all windows in a shuffled order. Each epoch the windows begin somewhere else in the corpus, by less than a
 window, so that tokens do not always have the same neighbours before them.
+
+With a memory (`Recipe.memory`) batches are not shuffled: each row reads a stretch of the corpus of its own, window after
+window, and all begin anew with an epoch. Segments are then numbers of documents, the same wherever a window ends.
+
+    corpus, 3 rows   0 1 2 3 | 4 5 6 7 | 8 9 10 11            batches   0 4 8    1 5 9    2 6 10    3 7 11    0 4 8 ...
 """
 
 import dataclasses
@@ -22,6 +27,7 @@ from jaxkv.checkpoints import Tokenizer, load_tokenizer
 from train.config import Data, TrainError
 
 END = "<|end|>"
+FAR = 2**30  # segments stay below
 SPACE = "\u2581"  # characters are decoded as sentencepiece's are, so that stop strings work
 
 
@@ -218,9 +224,13 @@ class Windows:
     """The windows of a corpus: `windows(index, epoch)` is one, a dict of arrays [sequence].
 
     tokens, targets int32; segments int32, 0 = padding; positions int32; weights float32, 0 where nothing is predicted.
+    rows: that read on, each its own stretch (the windows are then in the order of batches); None: windows are on their own.
     """
 
-    def __init__(self, corpus: Corpus, *, sequence: int, whole: bool, seed: int | None, what: str = "training text"):
+    def __init__(
+        self, corpus: Corpus, *, sequence: int, whole: bool, seed: int | None, rows: int | None = None,
+        what: str = "training text",
+    ):  # fmt: skip
         count = len(corpus.tokens)
         if not whole and count < sequence + 1:
             raise TrainError(
@@ -231,12 +241,20 @@ class Windows:
         self._packed = _pack(corpus, sequence) if whole else None
         self._count = len(self._packed) if whole else max(1, (count - (1 if seed is None else sequence)) // sequence)
         self._shifts = min(sequence, count - self._count * sequence)
+        self._rows = rows
+        if rows is not None and self._count < rows:
+            raise TrainError(
+                f"the {what} gives {self._count} sequences of {sequence}, fewer than the {rows} rows that read it side by side;"
+                " give more text, or lower --batch or --sequence"
+            )
 
     def __len__(self):
-        return self._count
+        return self._count - (self._count % self._rows if self._rows else 0)
 
     def __call__(self, index: int, epoch: int) -> dict[str, np.ndarray]:
         size, tokens, starts = self._sequence, self._corpus.tokens, self._corpus.starts
+        if self._rows:
+            index = index % self._rows * (self._count // self._rows) + index // self._rows
         if self._packed is None:
             shift = 0 if self._seed is None else int(np.random.default_rng((self._seed, epoch)).integers(self._shifts))
             at = shift + index * size + np.arange(size)
@@ -248,10 +266,11 @@ class Windows:
         fresh = np.diff(document, prepend=-1) != 0
         first = np.maximum.accumulate(np.where(fresh, np.arange(size), 0))
         live = at >= 0
+        segments = np.cumsum(fresh) if self._rows is None else (document + epoch * (len(starts) + 1)) % FAR
         return {
             "tokens": np.where(live, tokens[at], 0).astype(np.int32),
             "targets": np.where(live & same, tokens[np.minimum(at + 1, len(tokens) - 1)], 0).astype(np.int32),
-            "segments": np.where(live, np.cumsum(fresh), 0).astype(np.int32),
+            "segments": np.where(live, segments, 0).astype(np.int32),
             "positions": (np.arange(size) - first).astype(np.int32),
             "weights": (live & same).astype(np.float32),
         }

@@ -19,7 +19,7 @@ from train.data import first_batches, make_batches
 from train.fields import to_json
 from train.lora import A, B
 from train.optimizer import flatten
-from train.prepare import Prepared, first_state
+from train.prepare import Prepared, first_memory, first_state
 from train.report import Report, draw_curves, peak_flops, step_flops
 from train.sharding import put_batch
 from train.step import TrainState, evaluation_step, merged, train_step
@@ -125,7 +125,7 @@ def _start(prepared: Prepared, checkpoints: Checkpoints):
     batches = make_batches(
         prepared.windows,
         batch=recipe.batch,
-        seed=recipe.seed,
+        seed=None if recipe.memory else recipe.seed,
         process=jax.process_index(),
         processes=jax.process_count(),
     )
@@ -148,7 +148,7 @@ def _report(prepared: Prepared, start: int, quiet: bool) -> Report:
         recipe.out, steps=recipe.steps, start=start, quiet=quiet, tensorboard=recipe.logging.tensorboard,
         flops=step_flops(
             prepared.config, trained=matrices(shapes.trained), frozen=matrices(shapes.frozen), tokens=tokens,
-            sequence=recipe.sequence,
+            sequence=recipe.sequence, memory=recipe.memory,
         ),
         peak=peak_flops(prepared.mesh.devices.flatten()),
     )  # fmt: skip
@@ -157,9 +157,10 @@ def _report(prepared: Prepared, start: int, quiet: bool) -> Report:
 def compiled(prepared: Prepared):
     """The jitted step and the jitted evaluation of a batch; they are compiled when they are first called."""
     places = jax.tree.map(lambda x: x.sharding, prepared.shapes)
+    judged = (None, places.memory)
     step = functools.partial(train_step, plan=prepared.plan, schedule=prepared.schedule)
     evaluate = functools.partial(evaluation_step, plan=prepared.plan)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, None)), jax.jit(evaluate)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None)), jax.jit(evaluate, out_shardings=judged)
 
 
 def export(prepared: Prepared, state: TrainState) -> pathlib.Path:
@@ -223,10 +224,10 @@ def _evaluate(prepared: Prepared, state: TrainState, evaluate, report: Report) -
         state = dataclasses.replace(state, key=jax.device_put(jax.random.key_data(key), state.key.sharding))
         text = sample(prepared, state, seed=int(jax.random.bits(drawn, dtype="uint32")))
     if prepared.validation is not None:
-        sums = [
-            evaluate(state, put_batch(_my_rows(batch), prepared.mesh))
-            for batch in first_batches(prepared.validation, batch=recipe.batch, count=asked.batches)
-        ]
+        sums, memory = [], first_memory(prepared)
+        for batch in first_batches(prepared.validation, batch=recipe.batch, count=asked.batches):
+            found, memory = evaluate(state, put_batch(_my_rows(batch), prepared.mesh), memory)
+            sums.append(found)
         loss = float(sum(float(s.cross_entropy) for s in sums) / max(sum(float(s.weight) for s in sums), 1.0))
         report.validation(int(state.step), loss, loss / math.log(2) / prepared.bytes_per_token, text)
     elif text is not None:

@@ -11,16 +11,18 @@ import optax
 from jax.sharding import Mesh
 
 from jaxkv.attention import rcmha, ssa
+from jaxkv.causal import empty_memory, why_no_memory
 from jaxkv.checkpoints import Checkpoint, Generation, Tokenizer, load_tokenizer, open_checkpoint
 from jaxkv.checkpoints.huggingface_config import config_to_json
 from jaxkv.config import DecoderConfig
 from jaxkv.decoder import init_params
+from jaxkv.types import Memory
 from train.checkpoint import TOKENIZER, open_run
 from train.config import Recipe, TrainError, decoder_config
 from train.data import Windows, check_vocabulary, load_texts, make_corpus, make_tokenizer
 from train.lora import make_adapters
 from train.optimizer import flatten, make_optimizer, make_schedule, split_frozen
-from train.sharding import check_batch, check_heads, make_mesh, state_shardings
+from train.sharding import check_batch, check_heads, make_mesh, make_spread, state_shardings
 from train.step import Plan, TrainState
 
 
@@ -63,23 +65,23 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
     if recipe.model.base is not None:
         adapters_only = recipe.lora.rank and not recipe.optimizer.frozen
         base = open_checkpoint(recipe.model.base, dtype=recipe.compute.dtype if adapters_only else "float32")
-        if recipe.sequence > base.config.max_positions:
-            raise TrainError(
-                f"sequence {recipe.sequence} is longer than the base's window, {base.config.max_positions}"
-            )
+        if recipe.sees > base.config.max_positions:
+            raise TrainError(f"{recipe.seeing} is longer than the base's window, {base.config.max_positions}")
         base = _with_attention(base, recipe)
     training, validating = load_texts(recipe.data)
     tokenizer = _tokenizer(recipe, [*training, *validating], base, resumes)
     config = base.config if base else decoder_config(recipe.model, recipe.model.vocab_size or tokenizer.vocab_size)
     check_heads(mesh, config)
+    if recipe.memory and (why := why_no_memory(config)):
+        raise TrainError(f"{why}; leave out --memory")
     check_vocabulary(tokenizer, config.vocab_size, exact=base is None)
     corpus = make_corpus(training, tokenizer)
-    windows = Windows(corpus, sequence=recipe.sequence, whole=recipe.data.whole, seed=recipe.seed)
+    options = dict(sequence=recipe.sequence, whole=recipe.data.whole, rows=recipe.batch if recipe.memory else None)
+    windows = Windows(corpus, seed=recipe.seed, **options)
     validation, bytes_per_token = None, 1.0
     if validating:
         text = make_corpus(validating, tokenizer, what="validation text")
-        options = dict(sequence=recipe.sequence, whole=recipe.data.whole, seed=None, what="validation text")
-        validation = Windows(text, **options)
+        validation = Windows(text, seed=None, what="validation text", **options)
         bytes_per_token = sum(len(one.encode()) for one in validating) / len(text.tokens)
     _check_sample(recipe, config, tokenizer)
     generation = base.generation if base else Generation(eos_ids=tokenizer.eos_ids)
@@ -96,6 +98,7 @@ def prepare(recipe: Recipe, devices=None) -> Prepared:
         plan=Plan(
             config=config, optimizer=optimizer, lora=recipe.lora, dtype=recipe.compute.dtype, remat=recipe.compute.remat,
             loss_tokens=recipe.compute.loss_tokens, z_loss=recipe.z_loss, parts=recipe.compute.accumulation,
+            spread=make_spread(mesh),
         ),
     )  # fmt: skip
 
@@ -182,8 +185,15 @@ def _state_shapes(recipe, config, flat, schedule):
     shapes = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32), trained=trained, frozen=frozen,
         optimizer=jax.eval_shape(optimizer.init, trained), key=jax.ShapeDtypeStruct((2,), jnp.uint32),
+        memory=jax.eval_shape(lambda: _new_memory(recipe, config)),
     )  # fmt: skip
     return shapes, optimizer
+
+
+def _new_memory(recipe: Recipe, config: DecoderConfig) -> Memory | None:
+    if not recipe.memory:
+        return None
+    return empty_memory(config, rows=recipe.batch, tokens=recipe.memory, dtype=recipe.compute.dtype)
 
 
 def split(recipe: Recipe, flat, key):
@@ -208,6 +218,13 @@ def first_state(prepared: Prepared) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32), trained=trained, frozen=frozen,
             optimizer=prepared.plan.optimizer.init(trained), key=jax.random.key_data(key),
+            memory=_new_memory(recipe, config),
         )  # fmt: skip
 
     return jax.jit(build, out_shardings=places)(base)
+
+
+def first_memory(prepared: Prepared) -> Memory | None:
+    """Of rows that have read nothing, on their devices; None for a run without."""
+    places = jax.tree.map(lambda x: x.sharding, prepared.shapes.memory)
+    return jax.jit(lambda: _new_memory(prepared.recipe, prepared.config), out_shardings=places)()

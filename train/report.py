@@ -17,14 +17,14 @@ PEAK = {  # of one device, FLOP/s in bfloat16, dense: the makers' data sheets
 }  # fmt: skip
 
 
-def step_flops(config: DecoderConfig, *, trained: int, frozen: int, tokens: int, sequence: int) -> float:
+def step_flops(config: DecoderConfig, *, trained: int, frozen: int, tokens: int, sequence: int, memory: int) -> float:
     """FLOPs of the products of one step, forward and backward, nothing computed twice (PaLM, arXiv 2204.02311, B).
 
     trained, frozen: parameters of matrices that tokens are multiplied by; frozen ones get no gradient, but hand one on. Half of
-    a causal square counts.
+    a causal square counts, and attention to a memory in whole; what projects it again is not counted.
     """
     width = config.num_heads * config.head_dim
-    seen = sum(min(sequence, layer.window or sequence) for layer in config.layers)
+    seen = sum(min(sequence + 2 * memory, layer.window or sequence + 2 * memory) for layer in config.layers)
     return tokens * (6.0 * trained + 4.0 * frozen + 6.0 * width * seen)
 
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxkv.causal import Spread
 from jaxkv.config import DecoderConfig
 from train.config import Compute, TrainError
 from train.optimizer import matches
@@ -56,6 +57,11 @@ def make_mesh(compute: Compute, devices) -> Mesh:
         )
     sizes = {name: size or count // given for name, size in sizes.items()}
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def make_spread(mesh: Mesh) -> Spread | None:
+    """How attention is mapped over a mesh; None for one device."""
+    return Spread(mesh=mesh, rows=ROWS, heads=MESH_AXIS["heads"]) if mesh.size > 1 else None
 
 
 def check_batch(mesh: Mesh, batch: int, parts: int) -> None:
@@ -105,9 +111,11 @@ def unsharded(shapes, mesh: Mesh) -> list[str]:
 
 def state_shardings(state, mesh: Mesh):
     """A NamedSharding for every array of a `TrainState` (arrays or shapes), by the path of the parameter that it is, or
-    that it belongs to; other numbers are everywhere."""
+    that it belongs to; a memory lies where its rows do, other numbers are everywhere."""
 
     def one(path, leaf):
+        if path[0] == jax.tree_util.GetAttrKey("memory"):
+            return batch_sharding(mesh)
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         spec = parameter_spec(names[-1], leaf.shape, mesh) if names else PartitionSpec()
         return NamedSharding(mesh, spec)
@@ -116,7 +124,7 @@ def state_shardings(state, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array [B, T] of a batch."""
+    """Of every array [B, ...] of a batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 

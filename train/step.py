@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxkv.causal import causal_forward
+from jaxkv.causal import Spread, segment_forward
 from jaxkv.config import DecoderConfig
-from jaxkv.types import Array
+from jaxkv.types import Array, Memory
 from train.config import Lora
 from train.lora import adapted
 from train.losses import Sums, token_losses
@@ -23,18 +23,20 @@ Batch = dict[str, Array]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
     """step: how many were taken, int32. trained, frozen: parameters by path, float32 (frozen ones in any dtype).
-    key: of what is drawn while training (the seeds of samples)."""
+    key: of what is drawn while training (the seeds of samples). memory: of the stream that each row reads; None: none."""
 
     step: Array
     trained: Flat
     frozen: Flat
     optimizer: Any
     key: Array
+    memory: Memory | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a step is compiled from. dtype: of the forward pass. parts: of a batch, one after the other."""
+    """What a step is compiled from. dtype: of the forward pass. parts: of a batch, one after the other.
+    spread: over several devices; None: one."""
 
     config: DecoderConfig
     optimizer: optax.GradientTransformation
@@ -44,10 +46,11 @@ class Plan:
     loss_tokens: int
     z_loss: float
     parts: int
+    spread: Spread | None = None
 
 
-def batch_loss(flat: Flat, batch: Batch, plan: Plan) -> Sums:
-    """Sums over a batch (fields as `train.data.Windows`, with B in front) under the parameters `flat`."""
+def batch_loss(flat: Flat, batch: Batch, memory: Memory | None, plan: Plan) -> tuple[Sums, Memory | None]:
+    """Sums over a batch (fields as `train.data.Windows`, with B in front) under the parameters `flat`; the memory after it."""
 
     def prepare(params):
         """In float32 till here: adapters are added, then all is cast; norms compute in float32 whatever they get."""
@@ -55,12 +58,12 @@ def batch_loss(flat: Flat, batch: Batch, plan: Plan) -> Sums:
         return unflatten(own)
 
     params = unflatten(flat)
-    hidden = causal_forward(
-        params, batch["tokens"], config=plan.config, positions=batch["positions"], segments=batch["segments"],
-        remat=plan.remat, prepare=prepare,
+    hidden, memory = segment_forward(
+        params, batch["tokens"], memory, config=plan.config, positions=batch["positions"], segments=batch["segments"],
+        remat=plan.remat, prepare=prepare, spread=plan.spread,
     )  # fmt: skip
     head = {"head": prepare(params["head"])}
-    return token_losses(
+    sums = token_losses(
         head,
         hidden,
         batch["targets"],
@@ -69,16 +72,18 @@ def batch_loss(flat: Flat, batch: Batch, plan: Plan) -> Sums:
         z_loss=plan.z_loss,
         tokens=plan.loss_tokens,
     )
+    return sums, memory
 
 
-def _gradients(trained: Flat, frozen: Flat, batch: Batch, total: Array, plan: Plan) -> tuple[Flat, Sums]:
-    """Of a part's share of the mean loss over `total` weights."""
+def _gradients(trained: Flat, frozen: Flat, batch: Batch, memory, total: Array, plan: Plan):
+    """Of a part's share of the mean loss over `total` weights. Returns: gradients, Sums, the memory after it."""
 
     def share(trained):
-        sums = batch_loss(trained | frozen, batch, plan)
-        return sums.loss / total, sums
+        sums, after = batch_loss(trained | frozen, batch, memory, plan)
+        return sums.loss / total, (sums, after)
 
-    return jax.grad(share, has_aux=True)(trained)
+    gradients, (sums, after) = jax.grad(share, has_aux=True)(trained)
+    return gradients, sums, after
 
 
 def train_step(state: TrainState, batch: Batch, *, plan: Plan, schedule: optax.Schedule):
@@ -86,16 +91,18 @@ def train_step(state: TrainState, batch: Batch, *, plan: Plan, schedule: optax.S
     (with a weight), gradient_norm, update_norm, learning_rate."""
     total = jnp.maximum(batch["weights"].sum(), 1.0)
     if plan.parts == 1:
-        gradients, sums = _gradients(state.trained, state.frozen, batch, total, plan)
+        gradients, sums, memory = _gradients(state.trained, state.frozen, batch, state.memory, total, plan)
     else:
 
         def add(carry, part):
-            return jax.tree.map(jnp.add, carry, _gradients(state.trained, state.frozen, part, total, plan)), None
+            *found, after = _gradients(state.trained, state.frozen, *part, total, plan)
+            return jax.tree.map(jnp.add, carry, tuple(found)), after
 
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, plan.parts, *x.shape[1:]), 1, 0), batch)
+        cut = lambda x: jnp.moveaxis(x.reshape(-1, plan.parts, *x.shape[1:]), 1, 0)
         zero = jnp.zeros((), jnp.float32)
         carry = jax.tree.map(jnp.zeros_like, state.trained), Sums(*(zero,) * len(Sums._fields))
-        (gradients, sums), _ = jax.lax.scan(add, carry, parts)
+        (gradients, sums), memory = jax.lax.scan(add, carry, jax.tree.map(cut, (batch, state.memory)))
+        memory = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), memory)
     updates, optimizer = plan.optimizer.update(gradients, state.optimizer, state.trained)
     metrics = {
         "loss": sums.cross_entropy / total,
@@ -108,14 +115,17 @@ def train_step(state: TrainState, batch: Batch, *, plan: Plan, schedule: optax.S
     if plan.z_loss:
         metrics["z_loss"] = (sums.loss - sums.cross_entropy) / total
     state = dataclasses.replace(
-        state, step=state.step + 1, trained=optax.apply_updates(state.trained, updates), optimizer=optimizer
-    )
+        state, step=state.step + 1, trained=optax.apply_updates(state.trained, updates), optimizer=optimizer,
+        memory=memory,
+    )  # fmt: skip
     return state, metrics
 
 
-def evaluation_step(state: TrainState, batch: Batch, *, plan: Plan) -> Sums:
-    """Sums over a validation batch."""
-    return batch_loss(state.trained | state.frozen, batch, dataclasses.replace(plan, remat="none"))
+def evaluation_step(
+    state: TrainState, batch: Batch, memory: Memory | None, *, plan: Plan
+) -> tuple[Sums, Memory | None]:
+    """Sums over a validation batch; the memory after it. memory: of the validation text's rows, not the state's own."""
+    return batch_loss(state.trained | state.frozen, batch, memory, dataclasses.replace(plan, remat="none"))
 
 
 @functools.partial(jax.jit, static_argnames=("lora",))

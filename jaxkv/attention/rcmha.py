@@ -10,7 +10,8 @@ Source: RCMHA, arXiv 2308.03429, and its released code; the relative term is Tra
 the convolution Primer's, arXiv 2109.08668. Departs: distances below 0, which a causal model never sees, have no rows in the
 table; queries are convolved over what was read before, as keys and values are, where the released code begins every read
 anew (`query_context="segment"`), so that results do not depend on how the tokens arrive. After `jaxkv.cache.drop` of the end
-of a row, the next tokens meet the taps of a row's beginning, zeros. The sequence convolved while training is a whole text.
+of a row, the next tokens meet the taps of a row's beginning, zeros. While training, keys and values of a segment memory are
+convolved over what stood before it, where the released code puts zeros (`jaxkv.causal`).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from jaxkv.attention.gqa import GroupedQueryAttention
 from jaxkv.config import DecoderConfig, RcmhaConfig
 from jaxkv.types import Array, Place, Projected, Relative
 from pallas_kernels.causal_conv import carry, causal_conv, step
+from pallas_kernels.flash_attention import DEAD
 
 ROLES = ("queries", "keys", "values")
 
@@ -134,7 +136,10 @@ class RelativeConvolutionalAttention(GroupedQueryAttention):
             edges = np.cumsum([counts[n] * c.head_dim for n in carried])[:-1]
             for n, part in zip(carried, jnp.split(place.taps, edges, axis=-1), strict=True):
                 before[n] = part.reshape(*part.shape[:2], counts[n], c.head_dim).astype(bare[n].dtype)
-        out = tuple(owner(y, had, place) for owner, y, had in zip(owners, bare, before, strict=True))
+        places = [place] * len(ROLES)
+        if place.recalled is not None and c.rcmha.query_context == "segment":
+            places[0] = place._replace(segments=jnp.where(place.recalled, DEAD, place.segments))
+        out = tuple(owner(y, had, at) for owner, y, had, at in zip(owners, bare, before, places, strict=True))
         if place.taps is None:
             return out, None
         flat = jnp.concatenate([bare[n].reshape(*bare[n].shape[:2], -1) for n in carried], axis=-1)

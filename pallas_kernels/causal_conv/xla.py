@@ -22,7 +22,7 @@ def forward(x, taps, filters, bias, segments=None):
         if segments is None or k == last:
             return earlier
         theirs = jnp.pad(segments, ((0, 0), (last, 0)), constant_values=-1)[:, k : k + length]
-        met = (theirs == segments) | (theirs < 0) | (segments < 0)
+        met = (theirs == segments) | (theirs == -1) | (segments == -1)
         return jnp.where(met[:, None, :, None], earlier, 0.0)
 
     total = sum(wide(f) * met(k) for k, f in enumerate(filters))

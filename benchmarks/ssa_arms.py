@@ -1,0 +1,181 @@
+"""Selective temperatures (SSA, arXiv 2411.12892) against plain attention at equal steps: a small language model on WikiText-2,
+and a layer that has to find the signal among ever more noise.
+
+    python benchmarks/ssa_arms.py [--task language] [--text FILE_OR_NAME] [--seeds 3] [--steps 800] [--out FILE]
+    python benchmarks/ssa_arms.py --task denoising [--seeds 3] [--steps 600] [--out FILE]
+
+All arms have the same sizes, rotary positions and optimizer, which was not tuned for any of them. The language model is trained
+on WikiText-2's validation part (1.1 MB) and judged on its test part. The paper's gains are small, so small models may show
+none; the interval over seeds is beside every figure.
+
+Denoising: of n tokens 4 are a vector plus noise and the others noise, as a mark in each says; the last one is asked for the
+vector. Layers of one attention learn this from sequences of 64 tokens, at every token, and are asked at up to 1,024: softmax
+dilutes with n, which position temperatures are meant to make up for.
+"""
+
+import argparse
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+from arms import compare, shown
+from common import record
+from quality import command
+
+from jaxkv.attention import ATTENTION
+from jaxkv.config import SsaConfig
+from jaxkv.types import Place
+from train.config import Compute, Data, Model, Optimizer, Recipe, Schedule, decoder_config
+
+ARMS = {
+    "plain": {},
+    "position": dict(attention="ssa", ssa=SsaConfig(queries="position", values="none")),
+    "token": dict(attention="ssa", ssa=SsaConfig(queries="token", values="none")),
+    "position and token": dict(attention="ssa", ssa=SsaConfig(values="none")),
+    "values too": dict(attention="ssa"),
+}
+SIGNALS, NOISE, CHANNELS, TRAINED = 4, 0.5, 14, 64
+LENGTHS = (64, 256, 1024)
+TEST = jax.random.key(10**6)  # no seed of training
+
+
+def recipe(arm: str, given) -> Recipe:
+    """A language model with the arm's attention."""
+    return Recipe(
+        model=Model(
+            hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4, max_positions=given.sequence, **ARMS[arm]
+        ),
+        data=Data(train=(given.text,), validation=(given.validation,), tokenizer="bpe:1024"), compute=Compute(remat="none"),
+        optimizer=Optimizer(learning_rate=2e-3, b2=0.99), schedule=Schedule(warmup=min(100, given.steps // 4)),
+        steps=given.steps, batch=given.batch, sequence=given.sequence, out="unused",
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "length"))
+def draw(key, rows: int, length: int):
+    """tokens [B, T, 2 + C]: mark, 1, content; the vector [B, C]; how many signals there were up to each token [B, T]."""
+    vector, noise, order = jax.random.split(key, 3)
+    s = jax.random.normal(vector, (rows, CHANNELS))
+    lot = jax.random.uniform(order, (rows, length))
+    signal = lot >= jax.lax.top_k(lot, SIGNALS)[0][:, -1:]
+    e = jax.random.normal(noise, (rows, length, CHANNELS))
+    content = jnp.where(signal[..., None], s[:, None] + NOISE * e, e)
+    mark = jnp.where(signal, 1.0, -1.0)
+    return jnp.concatenate([jnp.stack([mark, jnp.ones_like(mark)], -1), content], -1), s, jnp.cumsum(signal, axis=1)
+
+
+def layer(module, x, place, asking: int):
+    """What the last `asking` tokens of x [B, T, D] get, [B, asking, D]; all logits in memory."""
+    projected, length = module.project(x, place), x.shape[1]
+    logits = (
+        jnp.einsum("btnh,bsnh->bnts", projected.queries[0][:, -asking:], projected.keys) * module.config.query_scale
+    )
+    seen = jnp.tri(length, dtype=bool)[-asking:]
+    p = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf))
+    return module.output(jnp.einsum("bnts,bsnh->btnh", p, projected.values))
+
+
+def place_of(x) -> Place:
+    """Positions from 0, and nothing to turn."""
+    at = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    none = jnp.zeros((*x.shape[:2], 1))
+    return Place(at, (none + 1, none), ((none + 1, none),))
+
+
+def denoise(arm: str, seed: int, steps: int) -> dict[int, float]:
+    """Mean squared error per channel at each of LENGTHS, of a layer that was trained so many steps."""
+    size = 2 + CHANNELS
+    model = Model(
+        hidden_size=size, intermediate_size=size, num_layers=1, num_heads=2, head_dim=size, max_positions=max(LENGTHS),
+        rope="none", **ARMS[arm],
+    )  # fmt: skip
+    config = decoder_config(model, 2)
+    module, first = ATTENTION[config.attention](config), jax.random.key(seed)
+    x, *_ = draw(first, 1, TRAINED)
+    params = module.init(first, x, place_of(x), 2, method=layer)
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+    def error(params, drawn, asking):
+        x, s, signals = drawn
+        found = module.apply(params, x, place_of(x), asking, method=layer)[..., 2:]
+        told = (signals[:, -asking:] > 0)[..., None]
+        return jnp.sum(jnp.where(told, jnp.square(found - s[:, None]), 0.0)) / (told.sum() * CHANNELS)
+
+    @jax.jit
+    def step(params, state, drawn):
+        gradients = jax.grad(error)(params, drawn, TRAINED)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for number in range(steps):
+        params, state = step(params, state, draw(jax.random.fold_in(first, number), 32, TRAINED))
+    test = jax.jit(error, static_argnums=2)
+    return {n: float(test(params, draw(TEST, 512, n), 1)) for n in LENGTHS}
+
+
+def without_learning() -> dict[str, dict[int, float]]:
+    """Errors of what needs no training, on the same sequences."""
+    found = {"Bayes": {}, "mean of the signals": {}, "mean of all tokens": {}}
+    for n in LENGTHS:
+        x, s, _ = draw(TEST, 512, n)
+        signals = jnp.where(x[..., :1] > 0, x[..., 2:], 0.0).sum(axis=1) / SIGNALS
+        guesses = signals * SIGNALS / (SIGNALS + NOISE**2), signals, x[..., 2:].mean(axis=1)
+        for name, guess in zip(found, guesses, strict=True):
+            found[name][n] = float(jnp.square(guess - s).mean())
+    return found
+
+
+def denoising(given, names, write) -> None:
+    """All arms under each seed, and the table after it."""
+    errors = {name: [] for name in names}
+    for seed in range(given.seeds):
+        for name in names:
+            errors[name].append(denoise(name, seed, given.steps))
+        fixed = [
+            {"arm": name} | {f"error at {n}": f"{e:.4f}" for n, e in x.items()}
+            for name, x in without_learning().items()
+        ]
+        learned = [
+            {"arm": name, "seeds": len(x)} | {f"error at {n}": shown([one[n] for one in x], ".4f") for n in LENGTHS}
+            for name, x in errors.items()
+        ]
+        write(fixed + learned)
+
+
+def main():
+    """Trains the arms and writes the table after each seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("language", "denoising"), default="language")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--text", default="wikitext2-valid", help="a name of infer.texts, or a UTF-8 file")
+    parser.add_argument("--validation", default="wikitext2-test", help="another one")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--block", type=int, default=50, help="steps of an arm before the next one's turn")
+    parser.add_argument("--out", type=pathlib.Path)
+    given = parser.parse_args()
+    names = given.arms.split(",")
+    title = {
+        "language": f"Selective temperatures on {pathlib.Path(given.validation).name}: {given.steps} steps of"
+        f" {given.batch} rows of {given.sequence} tokens",
+        "denoising": f"Selective temperatures, {SIGNALS} signals among noise: {given.steps} steps at {TRAINED} tokens",
+    }[given.task]
+    write = lambda rows: record(
+        given.out,
+        title=f"{title}; mean over seeds [lowest, highest]",
+        command=command(parser, given, "ssa_arms.py"),
+        rows=rows,
+    )
+    if given.task == "denoising":
+        denoising(given, names, write)
+    else:
+        compare({name: recipe(name, given) for name in names}, seeds=given.seeds, block=given.block, write=write)
+
+
+if __name__ == "__main__":
+    main()
