@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cost import estimate
+
 NEAR = 16  # positions beside a block that a step can see: a whole tile of bfloat16
 BLOCK = 512  # positions of one step
 CHANNELS = 512  # channels of one step
@@ -114,6 +116,7 @@ def _run_forward(x, taps, filters, bias, *, interpret):
         out_specs=specs["block"],
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4),
+        cost_estimate=estimate([x, x, taps, filters, bias], flops=2 * filters.shape[0] * x.size),
         interpret=interpret,
         name="causal_conv",
     )(x, x, *_inputs(taps, filters), bias.astype(jnp.float32)[:, None])
@@ -137,6 +140,7 @@ def _run_backward(x, taps, filters, gradient, *, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary" if specs["shared"] else "parallel", "arbitrary", "arbitrary")
         ),
+        cost_estimate=estimate([x, x, taps, filters, gradient], flops=4 * filters.shape[1] * x.size),
         interpret=interpret,
         name="causal_conv_backward",
     )(x, x, taps, filters, gradient, gradient)

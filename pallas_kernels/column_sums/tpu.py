@@ -7,7 +7,18 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.flash_attention import tpu
 from pallas_kernels.flash_attention.operands import Operands, Rule
-from pallas_kernels.flash_attention.tpu import LANES, block_of, prepared, run, shown, spans, turn, vector, within
+from pallas_kernels.flash_attention.tpu import (
+    LANES,
+    block_of,
+    of_logit,
+    prepared,
+    run,
+    shown,
+    spans,
+    turn,
+    vector,
+    within,
+)
 from pallas_kernels.flash_attention.tpu_backward import BY_KEY, turned_scratch
 
 
@@ -36,7 +47,7 @@ def column_sums(x: Operands, lse, *, rule: Rule, interpret: bool = False):
     scratch = {"sum": ((plan.block_k, LANES), jnp.float32)} | turned_scratch(inputs, BY_KEY, plan.block_k)
     kernel = functools.partial(_kernel, read=read, length=length)
     grid = (batch, heads, plan.columns, plan.group, plan.rows)
-    (sums,) = run(kernel, plan, grid, prefetch, inputs, outputs, scratch, ordered=2)
+    (sums,) = run(kernel, plan, grid, prefetch, inputs, outputs, scratch, ordered=2, seen=seen, products=of_logit(x))
     return sums.reshape(batch, heads, padded)[:, :, :keys]
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cost import estimate
 from pallas_kernels.decode_attention.merge import Part, merge, of_one_slot
 from pallas_kernels.decode_attention.packed import Packed
 from pallas_kernels.decode_attention.xla import NEGATIVE, softcapped
@@ -240,11 +241,9 @@ def source_attention(source, *, scale, softcap, scores, interpret) -> Part:
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
         ),
-        cost_estimate=pl.CostEstimate(  # of a tier without empty blocks
-            flops=4 * logits * plan.channels,
-            transcendentals=logits,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *shapes)),
-        ),
+        cost_estimate=estimate(
+            (*inputs, *shapes), flops=4 * logits * plan.channels, transcendentals=logits
+        ),  # no block is empty
         interpret=interpret,
         name="decode_attention",
     )(_nearest_live(source.live, plan), *inputs)

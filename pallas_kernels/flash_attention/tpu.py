@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cost import estimate
 from pallas_kernels.dispatch import device_of
 from pallas_kernels.flash_attention.operands import (
     NEG,
@@ -140,12 +141,24 @@ def block_of(shape, where, at):
     return pl.BlockSpec(shape, lambda *ids: where(*at(*ids)))
 
 
-def run(kernel, plan: Plan, grid, prefetch, inputs: dict, outputs: dict, scratch: dict, *, ordered: int):
+def of_logit(x: Operands) -> int:
+    """Multiplications that the logit of a query and a key takes; of the table, each block reads twice as much as it uses."""
+    return x.q.shape[-1] + (0 if x.relative_q is None else 2 * x.relative_q.shape[-1])
+
+
+def run(
+    kernel, plan: Plan, grid, prefetch, inputs: dict, outputs: dict, scratch: dict, *, ordered: int, seen, products: int
+):  # fmt: skip
     """Calls kernel(*prefetched, {name: ref}, plan=plan).
 
     inputs: {name: (array, block)}; outputs: {name: (shape, dtype, block)}; scratch: {name: (shape, dtype)}.
-    ordered: how many of the grid's last axes must run in order.
+    ordered: how many of the grid's last axes must run in order. seen: from `prepared`; products: multiplications for each
+    query and key; both for the estimate of the cost.
     """
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()]
+    share = seen.mean() if isinstance(seen, np.ndarray) else 1.0  # of the blocks; where data says which, all
+    batch, heads, queries, _ = inputs["q"][0].shape
+    pairs = int(share * batch * heads * queries * plan.columns * plan.block_k)
     names = [*inputs, *outputs, *scratch]
 
     def body(*refs):
@@ -162,8 +175,11 @@ def run(kernel, plan: Plan, grid, prefetch, inputs: dict, outputs: dict, scratch
     call = pl.pallas_call(
         body,
         grid_spec=spec,
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
+        out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=order),
+        cost_estimate=estimate(
+            [*shapes, *(array for array, _ in inputs.values())], flops=2 * pairs * products, transcendentals=pairs
+        ),
         interpret=plan.interpret,
     )
     return call(*(jnp.asarray(p) for p in prefetch), *(array for array, _ in inputs.values()))
@@ -286,7 +302,7 @@ def forward(x: Operands, *, rule: Rule, interpret: bool = False):
     scratch |= columns_of(turned, plan.block_q, [jnp.int32] * len(turned))
     out, lse = run(
         functools.partial(_forward_kernel, read=read), plan, (batch, heads, plan.rows, plan.columns), prefetch,
-        inputs, outputs, scratch, ordered=1,
+        inputs, outputs, scratch, ordered=1, seen=seen, products=of_logit(x) + size,
     )  # fmt: skip
     return out.reshape(*shape, padded, size)[:, :, :, :length], lse.reshape(*shape, padded)[..., :length]
 

@@ -21,6 +21,7 @@ from pallas_kernels.flash_attention.tpu import (
     indices,
     inputs_of,
     logits,
+    of_logit,
     prepared,
     run,
     shown,
@@ -116,7 +117,8 @@ def _of_queries(x, plan, seen, inputs):
     scratch |= turned_scratch(given, BY_QUERY, plan.block_q)
     kernel = functools.partial(_queries_kernel, read=read)
     grid = (batch, heads, plan.rows, plan.columns)
-    return run(kernel, plan, grid, prefetch, given, outputs, scratch, ordered=1)
+    products = 2 * of_logit(x) + x.v.shape[3]
+    return run(kernel, plan, grid, prefetch, given, outputs, scratch, ordered=1, seen=seen, products=products)
 
 
 def _queries_kernel(first, last, ref, *, plan, read):
@@ -163,7 +165,8 @@ def _of_keys(x, plan, seen, inputs):
     scratch |= turned_scratch(given, BY_KEY, plan.block_k)
     kernel = functools.partial(_keys_kernel, read=read)
     grid = (batch, heads, plan.columns, plan.group, plan.rows)
-    return run(kernel, plan, grid, prefetch, given, outputs, scratch, ordered=2)
+    products = of_logit(x) + x.q.shape[3] + 2 * x.v.shape[3]
+    return run(kernel, plan, grid, prefetch, given, outputs, scratch, ordered=2, seen=seen, products=products)
 
 
 def _keys_kernel(first, last, ref, *, plan, read):
@@ -208,7 +211,8 @@ def _of_table(x, plan, seen, inputs):
     scratch = turned_scratch(given, BY_QUERY, plan.block_q)
     kernel = functools.partial(_table_kernel, read=read)
     grid = (heads, diagonals, batch, plan.rows)
-    (out,) = run(kernel, plan, grid, prefetch, given, outputs, scratch, ordered=2)
+    products = of_logit(x) + x.v.shape[3] + 2 * size
+    (out,) = run(kernel, plan, grid, prefetch, given, outputs, scratch, ordered=2, seen=seen, products=products)
     return out
 
 

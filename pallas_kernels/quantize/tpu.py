@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cost import estimate
 from pallas_kernels.quantize import arithmetic
 from pallas_kernels.quantize.how import Codebook, Float8, factors, groups
 from pallas_kernels.quantize.xla import PLANES
@@ -123,13 +124,16 @@ def _run(x, how, interpret):
         shape, spec = out(jnp.bfloat16, tokens // how.granule, channels), major(block // how.granule)
     else:
         shape, spec = out(jnp.bfloat16, groups(how, channels), tokens), minor(groups(how, channels))
+    shapes = [out(jnp.uint8, bytes_, tokens), *[shape] * factors(how)]
+    products = sum(c.size for c in constants)  # of a token: rotation and packing
     codes, *found = pl.pallas_call(
         functools.partial(_kernel, how=how, inputs=1 + len(constants)),
         grid=(batch, rows, pl.cdiv(tokens, block)),
         in_specs=[major(block), *(whole(c.shape) for c in constants)],
         out_specs=[minor(bytes_), *[spec] * factors(how)],
-        out_shape=[out(jnp.uint8, bytes_, tokens), *[shape] * factors(how)],
+        out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        cost_estimate=estimate([x, *constants, *shapes], flops=2 * products * batch * rows * tokens),
         interpret=interpret,
         name="quantize",
     )(x, *constants)
