@@ -8,6 +8,7 @@ options are fields of the recipe, such as --memory 16.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -54,6 +55,12 @@ def finish(process: subprocess.Popen) -> None:
         sys.exit(f"a run failed: {said}")
 
 
+def wait_for(process: subprocess.Popen, seconds: float) -> None:
+    """Until it ends, or so long."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+
+
 def losses(out: pathlib.Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(str(out)) if "loss" in line}
 
@@ -66,7 +73,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write what was seen to this file")
     options, options.fields = parser.parse_known_args()
-    draw, seen = random.Random(options.seed), {}
+    draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = pathlib.Path(folder) / "whole", pathlib.Path(folder) / "cut"
         finish(start(whole, options))
@@ -77,29 +84,32 @@ def main() -> int:
         first = time.perf_counter() - began
         finish(process)
         stepping = time.perf_counter() - began - first
-        moments = []
+        moments, newest = [], lambda: max(losses(cut), default=0) if cut.exists() else 0
         while len(moments) < options.kills:
-            process = start(cut, options)
-            wait = draw.uniform(0.8 * first, first + 1.6 * stepping / options.kills)
-            try:
-                process.wait(timeout=wait)
+            before, process = newest(), start(cut, options)
+            if draw.random() < 0.2:  # while it starts
+                wait_for(process, draw.uniform(0.5, 1.0) * first)
+            else:
+                while process.poll() is None and newest() <= before:
+                    time.sleep(0.02)
+                wait_for(process, draw.uniform(0.0, 1.6) * stepping / options.kills)
+            if process.poll() is not None:
                 finish(process)
                 break
-            except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGKILL)
-                process.communicate()
-            steps = losses(cut) if cut.exists() else {}
-            moments.append([round(wait, 2), max(steps, default=0)])
-            print(f"kill {len(moments)} after {wait:.1f} s, at step {max(steps, default=0)}", flush=True)
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            moments.append(newest())
+            print(f"kill {len(moments)}, steps {before} to {moments[-1]}", flush=True)
         finish(start(cut, options))
         one, two = losses(whole), losses(cut)
         same_losses = one == two and len(one) == options.steps
         first, second = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
         same_model = first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
-    seen = {"kills": len(moments), "steps": options.steps, "same losses": same_losses, "same model": same_model}
+    seen = {"kills": len(moments), "at steps": moments, "steps": options.steps}
+    seen |= {"same losses": same_losses, "same model": same_model}
     print(json.dumps(seen))
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(seen | {"seconds and step of each": moments}, indent=1) + "\n")
+        pathlib.Path(options.json).write_text(json.dumps(seen, indent=1) + "\n")
     return 0 if same_losses and same_model else 1
 
 

@@ -58,7 +58,7 @@ def load(
 
     Args: dtype of parameters, computation and cache: "float32" or "bfloat16". revision, token, offline: for an id. adapter: a
       folder of LoRA adapters as PEFT or `train` write them, added to the parameters. kernels: what reads and writes the cache,
-      "xla", "tpu" or "interpret" (the TPU's kernels as ordinary operations, slow); None: as the platform chooses. Slots that
+      "xla", "tpu", "gpu" or "interpret" (the TPU's kernels as ordinary operations, slow); None: as the platform chooses. Slots that
       are written in groups (KIVI) are XLA's everywhere.
     Raises: jaxkv.checkpoints.CheckpointError, ValueError: what was given, and what is accepted.
     """
@@ -79,9 +79,10 @@ def check_kernels(kernels: str | None) -> None:
         raise ValueError(
             f"kernels {kernels!r} are not known; accepted: {', '.join(KERNELS)}, or none: as the platform chooses"
         )
-    if kernels == "tpu" and jax.default_backend() != "tpu":
+    if kernels in ("tpu", "gpu") and jax.default_backend() != kernels:
         raise ValueError(
-            f"kernels 'tpu' need a TPU, and JAX runs on {jax.default_backend()} here; 'interpret' runs the same code anywhere"
+            f"kernels {kernels!r} need a {kernels.upper()}, and JAX runs on {jax.default_backend()} here; 'interpret' runs a TPU's"
+            " code anywhere"
         )
 
 

@@ -68,9 +68,11 @@ def test_generation_by_the_kernels(lm, cache, budget):
 
 
 def test_kernels_of_another_platform():
-    with pytest.raises(ValueError, match="kernels 'tpu' need a TPU, and JAX runs on cpu here; 'interpret' runs"):
-        infer.load("smollm2", kernels="tpu")
-    with pytest.raises(ValueError, match="kernels 'cuda' are not known; accepted: tpu, interpret, xla"):
+    for name in ("tpu", "gpu"):
+        wanted = f"kernels '{name}' need a {name.upper()}, and JAX runs on cpu here; 'interpret' runs"
+        with pytest.raises(ValueError, match=wanted):
+            infer.load("smollm2", kernels=name)
+    with pytest.raises(ValueError, match="kernels 'cuda' are not known; accepted: tpu, gpu, interpret, xla"):
         infer.load("smollm2", kernels="cuda")
 
 

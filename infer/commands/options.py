@@ -7,7 +7,7 @@ def running_options(sub):
     """Of subcommands that run a model."""
     sub.add_argument("--adapter", help="folder of LoRA adapters to add to the model")
     sub.add_argument(
-        "--kernels", help="what reads the cache: xla, tpu or interpret; not given: as the platform chooses"
+        "--kernels", help="what reads the cache: xla, tpu, gpu or interpret; not given: as the platform chooses"
     )
 
 
