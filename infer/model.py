@@ -58,8 +58,8 @@ def load(
 
     Args: dtype of parameters, computation and cache: "float32" or "bfloat16". revision, token, offline: for an id. adapter: a
       folder of LoRA adapters as PEFT or `train` write them, added to the parameters. kernels: what reads and writes the cache,
-      "xla", "tpu", "gpu" or "interpret" (the TPU's kernels as ordinary operations, slow); None: as the platform chooses. Slots that
-      are written in groups (KIVI) are XLA's everywhere.
+      "xla", "tpu", "gpu" or "interpret" (the TPU's kernels as ordinary operations, slow); None: as the platform chooses.
+      Slots that are written in groups (KIVI) are XLA's everywhere.
     Raises: jaxkv.checkpoints.CheckpointError, ValueError: what was given, and what is accepted.
     """
     check_kernels(kernels)
@@ -81,8 +81,8 @@ def check_kernels(kernels: str | None) -> None:
         )
     if kernels in ("tpu", "gpu") and jax.default_backend() != kernels:
         raise ValueError(
-            f"kernels {kernels!r} need a {kernels.upper()}, and JAX runs on {jax.default_backend()} here; 'interpret' runs a TPU's"
-            " code anywhere"
+            f"kernels {kernels!r} need a {kernels.upper()}, and JAX runs on {jax.default_backend()} here; 'interpret' runs"
+            " those of a TPU anywhere"
         )
 
 
