@@ -40,6 +40,7 @@ def recipe(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_two_arms_that_are_one(arms, recipe):
     """Rows after each seed; the order of turns changes nothing, and seeds differ."""
     written = []
@@ -77,6 +78,7 @@ def test_a_validation_by_hand(arms, recipe, monkeypatch):
     assert count % recipe.batch  # the last batch is not full
 
 
+@pytest.mark.exhaustive
 def test_signals_among_noise(arms):
     """What is drawn is what the optimal guess assumes; a layer is the models' own attention, for the last tokens."""
     import ssa_arms

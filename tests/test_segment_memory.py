@@ -116,7 +116,10 @@ def test_texts_of_a_stream_do_not_see_each_other(name):
     np.testing.assert_array_equal(after.segments[:, -LENGTH:], segments)
 
 
-@pytest.mark.parametrize("name, memory", [("RCMHA", LENGTH), ("RCMHA", 3), ("rotary", LENGTH)])
+@pytest.mark.parametrize(
+    "name, memory",
+    [("RCMHA", 3), *(pytest.param(name, LENGTH, marks=pytest.mark.exhaustive) for name in ("RCMHA", "rotary"))],
+)
 def test_no_gradient_goes_into_the_memory(name, memory):
     """That of the last segment's loss is the whole text's with the inputs of layers before it held fast."""
     config, params, _ = model(name)
