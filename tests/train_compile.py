@@ -12,7 +12,6 @@ from tpu_compile import ENVIRONMENT
 SHAPE = dict(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128,
              max_positions=1024)  # fmt: skip
 CASES = {  # mesh, memory, model
-    "rows": ((4, 1, 1), 0, {}),
     "rows and heads": ((2, 1, 2), 0, {}),
     "parameters": ((1, 4, 1), 0, {"window": 200}),
     "relative, with a memory": ((2, 1, 2), 256, {"attention": "rcmha", "rope": "none"}),
