@@ -77,7 +77,7 @@ def kernels_of(config, spec, dtype: str) -> dict[str, str]:
 
     spec: LayerSpec per layer of config. Of layers that differ in numbers of slots alone, the first is asked; nothing runs.
     """
-    found, kinds = {}, {}
+    found, kinds, here = {}, {}, jax.default_backend()
     for layer in spec:
         kinds.setdefault(tuple((tier.scheme, tier.slots % slot_multiple()) for tier in layer.tiers), layer.tiers)
     for tiers in kinds.values():
@@ -86,9 +86,11 @@ def kernels_of(config, spec, dtype: str) -> dict[str, str]:
             for stored in asked:
                 grouped = operation == "slots" and get_scheme(stored[0].scheme[0]).granule > 1  # XLA's everywhere
                 name = "xla" if grouped else config.kernels
+                if name is None and here == "cpu":
+                    name = "xla"  # no kernel is for it, and asking takes a tenth of a second
                 if name is None:
                     seen = _ask(functools.partial(CASES[operation], config, jnp.dtype(dtype), stored))
-                    name = seen[operation][jax.default_backend()][0]
+                    name = seen[operation][here][0]
                 found.setdefault(operation, set()).add(name)
     return {operation: ", ".join(sorted(names)) for operation, names in found.items()}
 

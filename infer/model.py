@@ -169,7 +169,7 @@ class LanguageModel:
         self._check_window(lengths, streaming)
         planned = self.plan(cache, budget, lengths=lengths, layer_weights=layer_weights, **(policy_options or {}))
         request = self._request([sampling or Sampling()], 1, max_new_tokens, stop)
-        self.kernels(planned)  # is known from then on, and takes no time of what is timed
+        told = self._told(planned, rows[0])
         started, compiled = time.perf_counter(), clock().compiling
         state = new_state(self.config, planned, lengths)
         hidden, state = read(
@@ -185,7 +185,7 @@ class LanguageModel:
                 if first is None:
                     first, made = now, clock().making
                 times = generation.times(started, first, now, count - 1, making=clock().making - made)
-                stats.update(self._stats(planned, rows[0], count, times, clock().compiling - compiled))
+                stats.update(told | {"new_tokens": count, "compile_seconds": clock().compiling - compiled} | times)
                 yield piece
 
         yield from self.texts(watched(), stop)
@@ -291,20 +291,20 @@ class LanguageModel:
     def _visible(self, ids):
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
-    def _stats(self, planned, prompt, new_tokens, times, compile_seconds) -> dict[str, Any]:
+    def _told(self, planned, prompt) -> dict[str, Any]:
+        """What stats say that does not change with the tokens."""
         return {
             "cache_bytes": planned.bytes_per_row,
             "cache": planned.describe(),
             "kernels": self.kernels(planned),
             "prompt_tokens": len(prompt),
-            "new_tokens": new_tokens,
-            "compile_seconds": compile_seconds,
-            **times,
         }
 
     def _completion(self, made, prompt, planned, times, compile_seconds, stop, logprobs) -> Completion:
         ids = self._visible(made.token_ids)
-        stats = self._stats(planned, prompt, len(made.token_ids), times, compile_seconds)
+        stats = self._told(planned, prompt) | {
+            "new_tokens": len(made.token_ids), "compile_seconds": compile_seconds, **times,
+        }  # fmt: skip
         text = trim(self.decode(ids), stop or [])
         return Completion(text, ids, made.logprobs[: len(ids)] if logprobs else None, stats)
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import pkgutil
 
+import jax
 import pytest
 from cache_harness import PLAIN
 from rcmha_harness import with_rcmha
@@ -118,6 +119,16 @@ def test_what_reads_and_writes_a_cache(name, kernels, found):
     config = dataclasses.replace(PLAIN, kernels=kernels)
     planned = plan_cache(config, name, "50%", lengths=[200], dtype="float32")
     assert kernels_of(config, planned.spec, "float32") == found
+
+
+def test_what_reads_and_writes_a_cache_on_a_tpu(monkeypatch):
+    """Of the tiers that were planned: groups are written by XLA."""
+    spec = lambda name: plan_cache(PLAIN, name, "50%", lengths=[200], dtype="float32").spec
+    asked = {name: spec(name) for name in ("h2o", "kivi-4")}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    own = {"extend_attention": "tpu", "decode_attention": "tpu"}
+    assert kernels_of.__wrapped__(PLAIN, asked["h2o"], "bfloat16") == own | {"slots": "tpu"}
+    assert kernels_of.__wrapped__(PLAIN, asked["kivi-4"], "bfloat16") == own | {"slots": "tpu, xla"}
 
 
 def test_a_term_by_distance_is_asked_with():

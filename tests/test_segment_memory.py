@@ -29,7 +29,6 @@ from train.prepare import first_memory, prepare
 from train.report import read_metrics
 from train.step import batch_loss, train_step
 
-pytest.importorskip("grain")
 SEGMENT, ROWS, LENGTH = 4, 2, 12
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (ROWS, LENGTH)), jnp.int32)
 ONE = jnp.ones((ROWS, LENGTH), jnp.int32)
@@ -118,7 +117,7 @@ def test_texts_of_a_stream_do_not_see_each_other(name):
 
 @pytest.mark.parametrize(
     "name, memory",
-    [("RCMHA", 3), *(pytest.param(name, LENGTH, marks=pytest.mark.exhaustive) for name in ("RCMHA", "rotary"))],
+    [("RCMHA", 3), *(pytest.param(name, LENGTH, marks=pytest.mark.slow) for name in ("RCMHA", "rotary"))],
 )
 def test_no_gradient_goes_into_the_memory(name, memory):
     """That of the last segment's loss is the whole text's with the inputs of layers before it held fast."""
@@ -198,6 +197,7 @@ def test_parts_of_a_batch_remember_their_own_rows():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
+    pytest.importorskip("grain")
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(np.random.default_rng(0).choice(list("abcd "), 600)))
     return str(path)

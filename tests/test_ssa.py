@@ -411,7 +411,8 @@ def given(wide, ssa_reference=SsaReference):
     "name, tiers",
     [
         ("recency", None),
-        pytest.param("scissorhands", "keys and values apart", marks=pytest.mark.slow),
+        pytest.param("scissorhands", "balanced under rotation", marks=pytest.mark.slow),
+        pytest.param("scissorhands", "keys and values apart", marks=pytest.mark.exhaustive),
         pytest.param("h2o", "bf16 over int4", marks=pytest.mark.exhaustive),
         *(pytest.param(name, None, marks=pytest.mark.exhaustive) for name in EVICTING if name != "recency"),
         pytest.param("keydiff", "exact over rotated", marks=pytest.mark.exhaustive),

@@ -173,12 +173,14 @@ def evaluate(
     tokens = [draw_excerpts(lm, text, context + next_tokens + 1, excerpts, seed) for seed in seeds if excerpts]
     dtype = str(jax.tree.leaves(lm.params)[0].dtype)
     price = functools.partial(plan, lm.config, dtype=dtype)
-    # All plans are made first: a budget that is impossible must be refused before the minutes of work, not after.
-    plans = lambda lengths: {
-        seed: [price(case.drawn(seed), case.budget, lengths=lengths) for case in cases] for seed in seeds if lengths
-    }
+
+    def plans(lengths):
+        of = functools.cache(functools.partial(price, lengths=lengths))  # most are the same under every seed
+        return {seed: [of(case.drawn(seed), case.budget) for case in cases] for seed in seeds if lengths}
+
     spans = [context + reserve] * max(excerpts * len(seeds), 0 if contexts else 1)
     lengths = [len(prompt) + reserve for prompt in prompts]
+    # All plans are made first: a budget that is impossible must be refused before the minutes of work, not after.
     text_plans, task_plans = plans(spans), plans(lengths)
     first = (text_plans or task_plans)[seeds[0]]
     steps = _Steps(progress, (1 + len(cases)) * (bool(excerpts) + len(contexts)))
