@@ -7,13 +7,17 @@ the lowest and highest seed. Random eviction and recency at the same bytes are t
 """
 
 import argparse
+import dataclasses
+import functools
 import pathlib
 
 from common import questions, record
 
 import infer
 from infer.evaluate import PROTOCOLS, evaluate
+from infer.evaluate.report import write_json
 from infer.texts import load_text
+from jaxkv.presets import make_preset
 
 CACHES = "full,auto,kvzip,h2o,scissorhands,recency,random"
 
@@ -22,8 +26,13 @@ def main():
     """Runs the seeds and writes the table."""
     parser = options(__doc__, text="wikitext2-test", budgets="50%,25%,12.5%,6.25%", title="Quality on SmolLM2-135M")
     parser.add_argument("--caches", default=CACHES)
+    parser.add_argument("--once", action="store_true", help="`auto` reads the context once, without a replay")
     given = parser.parse_args()
-    measure(parser, given, given.caches.split(","), script="quality.py")
+    caches = given.caches.split(",")
+    if given.once:
+        once = dataclasses.replace(make_preset("auto", replay=False), name="auto, without replay")
+        caches = [once if name == "auto" else name for name in caches]
+    measure(parser, given, caches, script="quality.py")
 
 
 def options(doc, *, text, budgets, title, seeds=3, excerpts=4, contexts=9) -> argparse.ArgumentParser:
@@ -59,16 +68,19 @@ def command(parser, given, script) -> str:
     """The command line of these options, defaults left out, texts without their folders."""
     shown = {k: v for k, v in vars(given).items() if k not in ("out", "title") and v != parser.get_default(k)}
     shown = {k: pathlib.Path(v).name if k in ("text", "validation") else v for k, v in shown.items()}
-    return " ".join([f"python benchmarks/{script}", *(f"--{k} '{v}'" for k, v in shown.items())])
+    said = [f"--{k}" if v is True else f"--{k} '{v}'" for k, v in shown.items()]
+    return " ".join([f"python benchmarks/{script}", *said])
 
 
 def evaluated(given, caches, budgets) -> list[dict]:
-    """Rows of `infer.evaluate.evaluate`, as the options say."""
+    """Rows of `infer.evaluate.evaluate`, as the options say; those so far lie beside `--out`, should the run end early."""
+    keep = functools.partial(write_json, path=given.out.with_suffix(".rows")) if given.out else None
     return evaluate(
         infer.load("smollm2"), text=load_text(given.text), seeds=range(given.seeds), caches=caches, budgets=budgets,
         tasks=["passkey", "magic"] if given.contexts else [], context=given.context, next_tokens=given.next,
         scored=given.scored, excerpts=given.excerpts, samples=questions(given.contexts),
-        protocol=given.protocol, progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
+        protocol=given.protocol, keep=keep,
+        progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
     )  # fmt: skip
 
 

@@ -313,8 +313,8 @@ OPTIONS = {
 
 
 def test_evaluate(lm):
-    calls = []
-    rows = evaluate(lm, **OPTIONS, progress=lambda *step: calls.append(step))
+    calls, kept = [], []
+    rows = evaluate(lm, **OPTIONS, progress=lambda *step: calls.append(step), keep=kept.append)
     assert [(row["cache"], row["budget"]) for row in rows] == [
         ("full", "100%"), ("h2o", "100%"), ("h2o", "25%"),
     ]  # fmt: skip
@@ -331,6 +331,9 @@ def test_evaluate(lm):
         assert len(row["kl_by_excerpt"]) == 2
         assert np.mean(row["kl_by_excerpt"]) == pytest.approx(row["kl_mean"], abs=1e-9)
     assert calls[-1][0] == calls[-1][1] == len(calls)
+    assert [len(so_far) for so_far in kept] == [1, 2, 3, 3]  # each case's excerpts, then the only group of contexts
+    assert all(row["partial"] for so_far in kept for row in so_far) and not any(row["accuracy"] for row in kept[2])
+    assert [row | {"partial": False} for row in kept[-1]] == rows
     report.table(rows)
     json.dumps(rows, allow_nan=False)
 

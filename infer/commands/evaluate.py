@@ -1,5 +1,6 @@
 """`jaxkv evaluate`: caches beside the full cache, on the same text."""
 
+import contextlib
 import importlib.util
 import pathlib
 
@@ -25,7 +26,7 @@ def add_options(sub):
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--seeds", type=whole(1), default=1, help="this many seeds, from --seed on")
     sub.add_argument("--scored", type=whole(1), help="of the next tokens, the last so many count; default: all")
-    sub.add_argument("--json", help="write the rows to this file")
+    sub.add_argument("--json", help="write the rows to this file, as they are measured")
     sub.add_argument(
         "--plot", help="write the picture of quality against bytes to this PNG file; default: beside --json; '' = none"
     )
@@ -57,13 +58,19 @@ def run(arguments) -> int:
         load_samples(arguments.samples_file)
     text = read_text("-") if arguments.text == "-" else load_text(arguments.text, offline=arguments.offline)
     lm = load(arguments)
+
+    def keep(rows):
+        if rows_file:
+            with contextlib.suppress(OSError):  # the last writing tells
+                report.write_json(rows, rows_file)
+
     try:
         with Bar(arguments, "evaluating", "step") as bar:
             rows = evaluate(
                 lm, text=text, caches=caches, budgets=budgets, tasks=tasks, context=arguments.context,
                 next_tokens=arguments.next, excerpts=arguments.excerpts, samples=arguments.samples,
                 samples_file=arguments.samples_file, seeds=range(arguments.seed, arguments.seed + arguments.seeds),
-                scored=arguments.scored, protocol=arguments.protocol, progress=bar,
+                scored=arguments.scored, protocol=arguments.protocol, progress=bar, keep=keep,
             )  # fmt: skip
     except Interrupted as stopped:
         rows = stopped.rows

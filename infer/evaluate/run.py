@@ -111,6 +111,7 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     protocol: str = COMPRESS_THEN_ASK,
     progress: Progress | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measures each cache at each budget; the rows that `infer.evaluate.report` prints, writes and draws.
 
@@ -132,6 +133,7 @@ def evaluate(
         after the question and the answer's prefix but for the prefix's last token; the question continues the prefilled
         context).
       progress: called with (steps done, steps, what was done).
+      keep: called with the rows so far, marked `partial`, whenever a case's excerpts or a group of contexts are done.
     Returns: a dict per row, in the order of `caches`, then `budgets`: cache, budget, share (of a full bfloat16 cache), bytes
       (allocated for one row of context plus what follows), tokens (the most that a kv head may hold), kl_mean, kl_interval
       (95 %, over seeds; of a single one over excerpts), kl_by_excerpt, kl_p99, top1, perplexity, bits_per_byte (means over
@@ -191,6 +193,12 @@ def evaluate(
 
     rows = [_row(case, planned, protocol, seeds) for case, planned in zip(cases, first, strict=True)]
     scores: list[dict[str, list[bool]]] = [{} for _ in cases]
+
+    def so_far():
+        found = [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
+        return [row | {"partial": True} for row in found if row["accuracy"] or row["batch"]]
+
+    keep = keep or (lambda rows: None)
     try:
         if excerpts:
             bare = price(Full(), None, lengths=spans)
@@ -200,12 +208,17 @@ def evaluate(
             )
             for row, values in zip(rows, measured, strict=True):
                 row.update(values)
+                keep(so_far())
         if contexts:
             of_context = [task_plans[seed] for seed in of_context]
-            _questions(lm, cases, of_context, prompts, questions, lengths, everything(lengths), protocol, steps, scores)
+            whole = everything(lengths)
+            for found in _questions(lm, cases, of_context, prompts, questions, lengths, whole, protocol, steps):
+                for score, answers in zip(scores, found, strict=True):
+                    for task, right in answers:
+                        score.setdefault(task, []).append(right)
+                keep(so_far())
     except KeyboardInterrupt:
-        rows = [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
-        if not (found := [row | {"partial": True} for row in rows if row["accuracy"] or row["batch"]]):
+        if not (found := so_far()):
             raise
         raise Interrupted(found) from None
     return [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
@@ -359,11 +372,12 @@ def _compare(params, full, hidden, targets, *, config):
     return jax.lax.map(step, (full, hidden, targets))
 
 
-def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, steps, scores) -> None:
-    """Adds to `scores`, per case: task -> whether each question was answered right. plans: of each context, a plan per case.
+def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, steps) -> Iterator[list]:
+    """For each group of contexts, per case: (task, whether it was answered right) of its questions. plans: of each context, a
+    plan per case.
 
-    Contexts are read by groups, and each case answers all of a group, so that its programs are made once for them. Whatever
-    interrupts it, all cases have the same questions.
+    Each case answers all of a group, so that its programs are made once for them. Whatever interrupts it, all cases have the
+    same questions.
     """
     everything = [q for group in questions for q in group]
     width = -(-max(len(q.ask) for q in everything) // QUESTION_GRID) * QUESTION_GRID
@@ -394,11 +408,10 @@ def _questions(lm, cases, plans, prompts, questions, lengths, full, protocol, st
         for k, case in enumerate(cases):
             found.append([])
             for index, state in zip(group, states, strict=True):
-                found[-1] += zip(questions[index], rights(state, plans[index][k], index), strict=True)
+                tasks = [q.task for q in questions[index]]
+                found[-1] += zip(tasks, rights(state, plans[index][k], index), strict=True)
                 steps(f"{case.label}: context {index + 1} of {len(prompts)}")
-        for score, answers in zip(scores, found, strict=True):
-            for q, right in answers:
-                score.setdefault(q.task, []).append(right)
+        yield found
 
 
 def _copy(state):
