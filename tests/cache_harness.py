@@ -54,6 +54,14 @@ QUICK = ("full", "recency", "random", "scissorhands", "h2o", "keydiff")  # the r
 quick_or_slow = lambda names: [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
 every_policy = pytest.mark.parametrize("name", quick_or_slow(POLICIES))
 every_evicting = pytest.mark.parametrize("name", quick_or_slow(EVICTING))
+OWN = ("scissorhands-reference", "expected-attention", "kvzip")  # what they keep is like no quick one's; the others' is
+
+
+def of_each_kind(names, quick):
+    """As `quick_or_slow`, of a test for which policies that are like another one are exhaustive."""
+    later = lambda name: pytest.mark.slow if name in OWN else pytest.mark.exhaustive
+    return [name if name in quick else pytest.param(name, marks=later(name)) for name in names]
+
 
 # Running
 

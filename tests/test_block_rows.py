@@ -22,6 +22,7 @@ from cache_harness import (
     kept_sets,
     make_case,
     new_state,
+    of_each_kind,
     owners_of,
     poison,
     read,
@@ -40,9 +41,11 @@ ROWS = (0, 1, 1, 0, 1)  # two block rows of head 0, three of head 1
 LIMITS = ((4, 3, 7, 1), (5, 2, 4, 3))  # [tier][row], of each block row
 OPTIONS = {"slots": (8, 8), "scheme": ("f32", ("rotated4", "int3")), "rows": ROWS}
 QUICK = ("h2o",)
+NAMES = [name for name in EVICTING if name != "random"]
 every_policy = pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EVICTING if n != "random"]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 )
+some_policies = pytest.mark.parametrize("name", of_each_kind(NAMES, QUICK))
 
 
 @functools.cache
@@ -92,7 +95,7 @@ def test_the_reference_sees_other_owners():
     )[0]
 
 
-@every_policy
+@some_policies
 def test_extend_by_one_is_decode_and_dead_slots_do_not_matter(name):
     case, (_, after, hiddens, _, final) = ran(name)
     found, _, state = go_on(case, after, by="extend")
@@ -102,7 +105,7 @@ def test_extend_by_one_is_decode_and_dead_slots_do_not_matter(name):
     np.testing.assert_array_equal(found[case.then_valid], hiddens[case.then_valid])
 
 
-@every_policy
+@some_policies
 def test_compress_is_reading(name):
     case, (_, after, hiddens, *_) = ran(name)
     _, source = observed()

@@ -64,9 +64,12 @@ BOTH = [(n, s) for n in PRESETS for s in (1.0, 0.6) if n != "full" or s == 1.0]
 QUICK = {("full", 1.0), ("h2o", 0.6), ("mikv", 0.6), ("auto", 0.6), ("rotated-3", 1.0), ("keydiff", 0.6)}
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in BOTH]
-)
+def when(number, one):
+    """Each preset is slow at one of its shares, in turns, and exhaustive at the other, but for those that are quick."""
+    return () if one in QUICK else pytest.mark.slow if number % 4 in (2, 3) else pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(("name", "share"), [pytest.param(*one, marks=when(n, one)) for n, one in enumerate(BOTH)])
 def test_bytes_are_the_compiled_programs(name, share):
     """What is reported for a row, three times, is what the program takes: its arguments without parameters and flags."""
     check_program(plan(CONFIG, name, f"{share:.0%}", lengths=LENGTHS, dtype="float32"))

@@ -16,6 +16,7 @@ from cache_harness import (
     go_on,
     make_case,
     new_state,
+    of_each_kind,
     read,
     small,
 )
@@ -35,9 +36,7 @@ def packed(name="h2o", extra=None):
     return case, state, pack_state(state, model=MODEL, extra=extra or {})
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("h2o", "keydiff") else pytest.param(n, marks=pytest.mark.slow) for n in EVICTING]
-)
+@pytest.mark.parametrize("name", of_each_kind(EVICTING, ("h2o", "keydiff")))
 def test_a_loaded_state_goes_on_as_the_saved_one(name):
     case, state, data = packed(name, {"note": [1, "two"]})
     back, extra = unpack_state(data, config=MIXED, model=MODEL, where="here")
