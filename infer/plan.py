@@ -146,7 +146,7 @@ def _most_shards(config, planned, devices: int) -> int:
 def prompt_shapes(case: Case) -> dict:
     """What `infer.prefill.read` gives to `extend` for a prompt that fills the context; policies that read again do."""
     shape = lambda dtype, length: programs.SHAPE((case.batch, length), dtype)
-    if not case.planned.preset.policy.needs_replay:
+    if not any(layer.policy.needs_replay for layer in case.planned.spec):
         length = slot_grid(case.context)
         return {"tokens": shape(jnp.int32, length), "valid": shape(jnp.bool_, length)}
     window, table = case.config.max_positions, case.config.most_positions

@@ -60,16 +60,15 @@ def bytes_of_arguments(memory, beside):
     return memory.argument_size_in_bytes - tree_bytes(beside)
 
 
-BOTH = [(n, s) for n in PRESETS for s in (1.0, 0.6) if n != "full" or s == 1.0]
+CUT = [(name, 0.6) for name in PRESETS if name != "full"]
+WHOLE = [
+    (name, 1.0) for name, preset in PRESETS.items() if name == "full" or not preset.exact
+]  # of others it is full's
 QUICK = {("full", 1.0), ("h2o", 0.6), ("mikv", 0.6), ("auto", 0.6), ("rotated-3", 1.0), ("keydiff", 0.6)}
+later = lambda cases, mark: [one if one in QUICK else pytest.param(*one, marks=mark) for one in cases]
 
 
-def when(number, one):
-    """Each preset is slow at one of its shares, in turns, and exhaustive at the other, but for those that are quick."""
-    return () if one in QUICK else pytest.mark.slow if number % 4 in (2, 3) else pytest.mark.exhaustive
-
-
-@pytest.mark.parametrize(("name", "share"), [pytest.param(*one, marks=when(n, one)) for n, one in enumerate(BOTH)])
+@pytest.mark.parametrize(("name", "share"), [*later(CUT, pytest.mark.slow), *later(WHOLE, pytest.mark.exhaustive)])
 def test_bytes_are_the_compiled_programs(name, share):
     """What is reported for a row, three times, is what the program takes: its arguments without parameters and flags."""
     check_program(plan(CONFIG, name, f"{share:.0%}", lengths=LENGTHS, dtype="float32"))
@@ -308,6 +307,52 @@ def test_more_bytes_than_the_full_cache_is_full_and_said_so(name):
         planned = plan(CONFIG, policy, less, lengths=LENGTHS, dtype="float32")
         assert planned.bytes_per_row < full.bytes_per_row and planned.note == ""
         assert {tier.scheme for layer in planned.spec for tier in layer.tiers} == {("bf16", "bf16")}
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "chooses"),
+    [
+        ("h2o", "100%", False),  # one tier
+        ("rotated-4", "100%", False),  # 32 in bfloat16, the newest, which the policy protects
+        ("auto", "100%", False),
+        ("auto", "55%", True),  # half have more bits than the other half
+        ("mikv", "100%", True),  # a fifth has
+        ("h2o", "50%", True),
+    ],
+)
+def test_where_nothing_is_to_be_chosen_the_policy_is_full(name, share, chooses):
+    planned = plan(CONFIG, name, share, lengths=LENGTHS, dtype="float32")
+    policy = PRESETS[name].policy if chooses else Full()
+    assert {layer.policy for layer in planned.spec} == {policy} and planned.preset.name == name
+
+
+@pytest.mark.parametrize("name", ["rotated-4", "kvzip"])
+def test_the_policy_that_has_no_say_would_have_said_the_same(name, monkeypatch):
+    lengths = [90, 60]
+    prompts = np.random.default_rng(0).integers(0, 64, (2, 80)).astype(np.int32)
+    params = init_params(CONFIG, jax.random.key(1))
+    step = jax.jit(functools.partial(decode, config=CONFIG))
+
+    def run():
+        planned = plan(CONFIG, name, None, lengths=lengths, dtype="float32")
+        _, state = read(
+            params, [prompts[0].tolist(), prompts[1, :50].tolist()], new_state(CONFIG, planned, lengths), config=CONFIG
+        )
+        hiddens = []
+        for token in range(10):
+            hidden, state = step(params, jnp.full((2,), token, jnp.int32), state, valid=jnp.ones((2,), bool))
+            hiddens.append(hidden)
+        return planned, np.stack(hiddens), state
+
+    planned, found, state = run()
+    monkeypatch.setattr(budgets, "_chooses", lambda policy, limits: True)
+    asked, expected, other = run()
+    assert {layer.policy for layer in asked.spec} == {PRESETS[name].policy}
+    assert planned.bytes_per_row < asked.bytes_per_row and planned.tokens.tolist() == asked.tokens.tolist()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerances.HIDDEN)
+    for mine, theirs in zip(state.layers, other.layers, strict=True):
+        for tier, its in zip(mine.tiers, theirs.tiers, strict=True):
+            np.testing.assert_array_equal(np.sort(tier.positions), np.sort(its.positions))
 
 
 def test_limits_that_do_not_fit_are_refused():

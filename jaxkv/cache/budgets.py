@@ -3,8 +3,10 @@
 "20%" is a fifth of the bytes that the keys and values of a full bfloat16 cache of this length take, whatever the
 computation's own precision. All that a cache allocates counts against it: codes, factors, positions, what the policy
 keeps per slot and per row. Slots come in steps of 8 (a tier that is cut) or of `slot_grid` (one that holds everything),
-so a cache may take a little less than it was given, never more. A scheme that stores groups (KIVI, 32 tokens) gets whole
-ones; up to 31 more tokens wait above until they are one, in slots that count. They are not among the tokens asked for.
+so a cache may take a little less than it was given, never more. Where all tokens fit, and age alone says which of them lie in
+which tier, there is nothing to choose: the policy is `Full`, which keeps nothing of its own and asks for no second reading.
+A scheme that stores groups (KIVI, 32 tokens) gets whole ones; up to 31 more tokens wait above until they are one, in slots
+that count. They are not among the tokens asked for.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache.shares import share_rows
@@ -196,9 +199,12 @@ def _plan_for(
         most, room = longest, [
             asked.amount * (full_bytes(config, n) if asked.kind == "share" else 1) for n in lengths
         ]  # fmt: skip
-    if all(most >= n and whole.bytes(whole.limits(n, n)) <= b for n, b in zip(lengths, room, strict=True)):
+    everything = [whole.limits(n, n) for n in lengths]
+    if not isinstance(preset.policy, Full) and not _chooses(preset.policy, np.stack(everything)):
+        whole = dataclasses.replace(whole, policy=Full())
+    if all(most >= n and whole.bytes(held) <= b for n, held, b in zip(lengths, everything, room, strict=True)):
         note = f"budget {asked.text} holds all {longest} tokens, so nothing is evicted" if asked.kind != "share" else ""
-        return _plan(preset, whole, [whole.limits(n, n) for n in lengths], longest, note)
+        return _plan(preset, whole, everything, longest, note)
     if isinstance(preset.policy, Full):
         raise ValueError(
             f"the full cache of {longest} tokens does not fit budget {asked.text}; leave the budget out, or choose an"
@@ -227,6 +233,13 @@ def _plan_for(
             f" {preset.policy.name!r} protects; give it more weight or the cache a larger budget"
         )
     return _plan(preset, cut, limits, longest, note)
+
+
+def _chooses(policy: Policy, limits: np.ndarray) -> bool:
+    """Whether a policy has a say when these places [..., tiers] hold all: not where the newest, which it protects, fill the
+    tiers above the last."""
+    above = np.cumsum(limits, axis=-1, dtype=np.int32)[..., :-1]
+    return bool((above > policy.protected_recent(jnp.asarray(above))).any())
 
 
 def _plan_rows(preset, layout, limits, slots, owners, longest) -> Plan:
