@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxkv.quantization import SCHEMES, get_scheme
 from jaxkv.quantization.base import LARGEST
 from jaxkv.quantization.packing import PLANES, pack, unpack
-from jaxkv.quantization.rotated import CODEBOOK, lloyd_max, rotate, unrotate
+from jaxkv.quantization.rotated import CODEBOOK, UNIT, lloyd_max, rotate, unrotate
 from jaxkv.types import Encoded
 
 every_scheme = pytest.mark.parametrize("name", SCHEMES)
@@ -72,11 +72,11 @@ def integer_oracle(x, bits, size=64):
 
 
 def rotated_oracle(x, bits):
-    """In the rotated basis: nearest level, least squares, nearest level again."""
+    """In the rotated basis: nearest level, least squares, nearest level again, all in the units that codes are read in."""
     y = np.asarray(rotate(jnp.asarray(x)), np.float64)
-    levels = CODEBOOK[bits]
+    levels = CODEBOOK[bits] / UNIT[bits]
     nearest = lambda v: levels[np.abs(v[:, None] - levels).argmin(axis=1)]
-    first = nearest(y / math.sqrt(np.mean(y * y)))
+    first = nearest(y / math.sqrt(np.mean(y * y)) / UNIT[bits])
     factor = bf16((y @ first) / (first @ first))
     return nearest(y / factor) * factor
 
@@ -139,7 +139,7 @@ def test_rotated_follows_the_formula(name):
 
 
 def test_codebook_is_the_best_for_normals():
-    """Known levels (Max 1960, table I), no other level of a cell would do better, and the curve loses next to nothing."""
+    """Known levels (Max 1960, table I), no other level of a cell would do better; what is read instead loses little."""
     np.testing.assert_allclose(lloyd_max(2), [-1.510, -0.4528, 0.4528, 1.510], atol=5e-4)
     np.testing.assert_allclose(lloyd_max(3)[4:], [0.2451, 0.7560, 1.344, 2.152], atol=5e-4)
     samples = np.random.default_rng(0).normal(size=400_000)
@@ -149,7 +149,7 @@ def test_codebook_is_the_best_for_normals():
         means = [samples[cells == index].mean() for index in range(2**bits)]
         np.testing.assert_allclose(best, means, atol=0.02)
         error = lambda chosen: np.square(np.abs(samples[:, None] - chosen).min(axis=1)).mean()
-        assert error(levels) < 1.003 * error(best)
+        assert error(levels) < {4: 1.025, 3: 1.005, 2: 1.015}[bits] * error(best)
 
 
 @pytest.mark.parametrize("channels", [64, 128, 96, 80, 2, 6])

@@ -171,7 +171,7 @@ def test_mistakes_are_visible(name, mistake):
             numbers[: len(values)], numbers[128 : 128 + len(values)] = values, -values
             return numbers[codes % 256] * factors[0]
         if isinstance(how, Codebook):
-            return np.asarray(how.levels)[np.minimum(codes, len(how.levels) - 1)] * factors[0]
+            return np.asarray(how.levels)[np.minimum(codes, len(how.levels) - 1)] / how.unit * factors[0]
         return codes * factors[0] + factors[1]
 
     right = np.abs(points(codes, factors) - points(expected, wanted))

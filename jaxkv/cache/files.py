@@ -22,7 +22,7 @@ from jaxkv.config import DecoderConfig
 from jaxkv.policies import make_policy
 from jaxkv.types import LayerSpec, State, TierSpec
 
-FORMAT = "jaxkv-state-3"
+FORMAT = "jaxkv-state-4"
 
 
 class StateFileError(ValueError):

@@ -107,13 +107,14 @@ def _block(source) -> int | None:
 @dataclasses.dataclass(frozen=True)
 class _Form:
     """How keys or values are stored. groups: of channels with factors of their own, 0 = no factors. dtype: of the levels.
+    offset: codes plus this are their levels; None: they are not.
 
     swapped: the last two axes, of values whose channels are minor or of factors that slots share, come the other way round.
     """
 
     bits: int
     level: Any
-    plain: bool
+    offset: float | None
     groups: int
     zero: bool
     granule: int
@@ -170,11 +171,12 @@ class _Plan:
 
 
 @functools.cache
-def _is_plain(level, bits: int) -> bool:
-    """Whether codes stand for themselves."""
+def _offset(level, bits: int) -> float | None:
+    """What codes are off the levels that they stand for, if all are off alike."""
     with jax.ensure_compile_time_eval():
         codes = np.arange(2**bits, dtype=np.uint8)
-        return np.array_equal(np.asarray(level(jnp.asarray(codes))), codes.astype(np.float32), equal_nan=True)
+        off = np.asarray(level(jnp.asarray(codes))) - codes.astype(np.float32)
+        return float(off[0]) if (off == off[0]).all() else None
 
 
 def _form(stored, queries, slots_minor: bool) -> tuple[_Form, list]:
@@ -183,14 +185,14 @@ def _form(stored, queries, slots_minor: bool) -> tuple[_Form, list]:
     if not isinstance(stored, Packed):
         dtype = jnp.float32 if exact or stored.dtype == jnp.float32 else jnp.bfloat16
         swapped = not slots_minor and _pads_less(*stored.shape[2:])
-        return _Form(0, None, False, 0, False, 1, slots_minor, dtype, swapped), [stored]
+        return _Form(0, None, None, 0, False, 1, slots_minor, dtype, swapped), [stored]
     codes = stored.bits < 16
     swapped = stored.granule > 1 and _pads_less(*stored.scale.shape[2:])
     swapped = swapped or (not stored.slots_minor and _pads_less(*stored.codes.shape[2:]))
     form = _Form(
         bits=stored.bits,
         level=stored.level,
-        plain=codes and _is_plain(stored.level, stored.bits),
+        offset=_offset(stored.level, stored.bits) if codes else None,
         groups=0 if stored.scale is None else 1 if stored.granule > 1 else stored.scale.shape[2],
         zero=stored.zero is not None,
         granule=stored.granule,
@@ -382,8 +384,10 @@ def _logits(queries, codes, factors, bias, block, plan: _Plan):
         x = _by_column(queries, levels, factors, block, plan)
     else:
         x = _dot(queries, levels)
+        sums = queries.astype(jnp.float32).sum(axis=1, keepdims=True)
+        if form.offset:
+            x = x + sums * form.offset
         if form.groups:
-            sums = queries.astype(jnp.float32).sum(axis=1, keepdims=True)
             scales, zeros = _rows_of(factors, form)
             parts = []
             for group in range(form.groups):
@@ -409,11 +413,14 @@ def _weighted(weights, codes, factors, plan: _Plan):
     form = plan.values
     levels = _levels(codes, form, plan)
     axis = 1 if form.slots_minor or form.swapped else 0
+    scales, zeros = _rows_of(factors, form) if form.groups else ([], None)
+    scaled = [weights * scale for scale in scales] or [weights]
+    scaled = (scaled[0] if len(scaled) == 1 else jnp.concatenate(scaled, axis=0)).astype(form.dtype)
+    x = _dot(scaled, levels, axis)
+    if form.offset:
+        x = x + scaled.astype(jnp.float32).sum(axis=1, keepdims=True) * form.offset
     if not form.groups:
-        return _dot(weights.astype(form.dtype), levels, axis)
-    scales, zeros = _rows_of(factors, form)
-    scaled = [weights * scale for scale in scales]
-    x = _dot((scaled[0] if form.groups == 1 else jnp.concatenate(scaled, axis=0)).astype(form.dtype), levels, axis)
+        return x
     parts = []
     for group in range(form.groups):
         own = x[group * plan.rows : (group + 1) * plan.rows]
@@ -440,7 +447,8 @@ def _from_bits(x):
 
 
 def _levels(ref, form: _Form, plan: _Plan):
-    """The numbers that one block of codes stands for, [H, s] ([s, H] where slots are not minor), of the form's dtype."""
+    """The numbers that one block of codes stands for but for the form's offset, [H, s] ([s, H] where slots are not minor), of
+    the form's dtype."""
     x = ref[0, 0]
     if form.bits == 0:
         return x.astype(form.dtype)
@@ -451,10 +459,10 @@ def _levels(ref, form: _Form, plan: _Plan):
         codes = _fields(ref[0, 0, :high], 2).astype(jnp.int32) | (_single_bits(ref[0, 0, high:]) << 2)
     else:
         codes = _fields(x, form.bits)
-        if form.plain:
+        if form.offset is not None:
             return codes.astype(form.dtype)
         codes = codes if form.bits == 8 else codes.astype(jnp.int32)
-    return (codes if form.plain else form.level(codes)).astype(form.dtype)
+    return (codes if form.offset is not None else form.level(codes)).astype(form.dtype)
 
 
 def _fields(x, bits: int):
@@ -480,7 +488,8 @@ def _by_column(queries, levels, factors, block, plan: _Plan):
     scale, zero = (_columns_of(x, block, plan) for x in factors)
     axis = 0 if form.swapped else 1
     wide = jax.lax.dot_general(scale, ours, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    x = _dot(queries, (levels.astype(jnp.float32) * wide).astype(form.dtype))
+    levels = levels.astype(jnp.float32) + (form.offset or 0.0)
+    x = _dot(queries, (levels * wide).astype(form.dtype))
     shifts = _dot(queries.astype(jnp.float32), zero.astype(jnp.float32), 1 - axis)
     return x + _dot(shifts, ours.astype(jnp.float32))
 

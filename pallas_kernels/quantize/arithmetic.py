@@ -128,7 +128,7 @@ def pick_in_turn(y, factor, edges, values):
     return picked
 
 
-def edges_of(levels: tuple[float, ...]) -> np.ndarray:
+def edges_of(levels) -> np.ndarray:
     """Midpoints between levels, float32."""
     levels = np.asarray(levels, np.float64)
     return ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
@@ -145,11 +145,12 @@ def hadamard(signs: tuple[int, ...]) -> tuple[np.ndarray, int]:
     return (np.asarray(signs, np.float64)[:, None] * whole).astype(np.float32), block
 
 
-def codebook(x, rotate, levels: tuple[float, ...], block: int, axis: int, pick=pick_in_turn):
-    """Codes, int32 in the shape of x, and (factor,). rotate: whole numbers times the matrix of `hadamard`."""
+def codebook(x, rotate, how, block: int, axis: int, pick=pick_in_turn):
+    """Codes, int32 in the shape of x, and (factor,). rotate: whole numbers times the matrix of `hadamard`. how: `Codebook`."""
     whole, up, down = to_grid(x, grid_bits(block), axis)
     y = rotate(whole)
-    found = fit_codebook(y, levels, axis, pick) * np.float32(1 / np.sqrt(block)) * down
+    found = fit_codebook(y, how.levels, axis, pick) * np.float32(how.unit / np.sqrt(block)) * down
     factor = jnp.where(found >= TINY, to_bfloat16(found), 0.0)
-    codes = pick(y, factor * np.float32(np.sqrt(block)) * up, edges_of(levels), range(len(levels)))
+    edges = edges_of(np.asarray(how.levels) / how.unit)
+    codes = pick(y, factor * np.float32(np.sqrt(block)) * up, edges, range(2**how.bits))
     return codes, (factor,)

@@ -28,12 +28,14 @@ class Codebook(NamedTuple):
     """A rotation, then the nearest level: y = Hadamard (signs * x) / sqrt(block), code = nearest(y / factor).
 
     levels: 2**bits numbers, ascending and symmetric, for numbers of variance 1. signs: one +1 or -1 per channel. Heads that
-    are no power of two are rotated in blocks of the largest power of two that divides them.
+    are no power of two are rotated in blocks of the largest power of two that divides them. unit: of the levels that codes are
+    read as, levels / unit; the factor is stored for those.
     """
 
     bits: int
     levels: tuple[float, ...]
     signs: tuple[int, ...]
+    unit: float = 1.0
     granule: int = 1
 
 

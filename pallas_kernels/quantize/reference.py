@@ -54,8 +54,8 @@ def by_codebook(x, how):
         return np.zeros(len(x), int), (0.0,), np.full(len(x), np.inf)
     levels = np.asarray(how.levels)
     first, _ = nearest(turned / np.sqrt(np.mean(turned**2)), levels)
-    factor = near((turned @ levels[first]) / (levels[first] @ levels[first]))
-    codes, margins = nearest(turned / factor, levels)
+    factor = near(how.unit * (turned @ levels[first]) / (levels[first] @ levels[first]))
+    codes, margins = nearest(turned / factor, levels / how.unit)
     return codes, (factor,), margins
 
 

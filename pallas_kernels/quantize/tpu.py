@@ -73,7 +73,7 @@ def _per_token(x, how, constants):
     if isinstance(how, Codebook):
         rotate = lambda whole: _product(constants[-1][...], whole, "highest")
         block = len(how.signs) & -len(how.signs)
-        return arithmetic.codebook(x, rotate, how.levels, block, 0)
+        return arithmetic.codebook(x, rotate, how, block, 0)
     count = groups(how, x.shape[0])
     parts = x.reshape(count, -1, x.shape[1])
     fit = (

@@ -46,7 +46,7 @@ def encode(x, how):
     if isinstance(how, Codebook):
         matrix, block = arithmetic.hadamard(how.signs)
         rotate = lambda whole: jnp.einsum("...i,io->...o", whole, matrix, precision="highest")
-        codes, factors = arithmetic.codebook(x, rotate, how.levels, block, -1, pick=_pick)
+        codes, factors = arithmetic.codebook(x, rotate, how, block, -1, pick=_pick)
     elif isinstance(how, Float8):
         codes, factors = arithmetic.fit_float8(x, how.mantissa, -1)
     elif isinstance(how, Rounded):
