@@ -80,8 +80,8 @@ def _refused(source) -> str | None:
             return f"{name} are {stored.bits}-bit codes in {stored.codes.dtype}; the kernel takes uint8, and uint16 for 16."
         if stored.bits not in (2, 3, 4, 8, 16):
             return f"{name} have codes of {stored.bits} bits; the kernel takes 2, 3, 4, 8 and 16."
-        if stored.bits in (2, 3) and kind in NO_PAIRS:
-            return f"{name} have codes of {stored.bits} bits, and the compiler for {kind} has no vectors of 2 bits."
+        if stored.bits == 2 and kind in NO_PAIRS:
+            return f"{name} have codes of 2 bits, and the compiler for {kind} has no vectors of those."
         if any(x is not None and jnp.dtype(x.dtype).name != "uint16" for x in (stored.scale, stored.zero)):
             return f"factors of {name} are float32; the kernel reads bfloat16 bits in uint16."
     if _block(source) is None:
@@ -454,15 +454,10 @@ def _levels(ref, form: _Form, plan: _Plan):
         return x.astype(form.dtype)
     if form.bits == 16:
         return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(form.dtype)
-    if form.bits == 3:
-        high = plan.channels // 4
-        codes = _fields(ref[0, 0, :high], 2).astype(jnp.int32) | (_single_bits(ref[0, 0, high:]) << 2)
-    else:
-        codes = _fields(x, form.bits)
-        if form.offset is not None:
-            return codes.astype(form.dtype)
-        codes = codes if form.bits == 8 else codes.astype(jnp.int32)
-    return (codes if form.offset is not None else form.level(codes)).astype(form.dtype)
+    codes = _of_planes(x, plan.channels // 4) if form.bits == 3 else _fields(x, form.bits)
+    if form.offset is not None:
+        return codes.astype(form.dtype)
+    return form.level(codes if form.bits == 8 else codes.astype(jnp.int32)).astype(form.dtype)
 
 
 def _fields(x, bits: int):
@@ -470,10 +465,16 @@ def _fields(x, bits: int):
     return x if bits == 8 else pltpu.bitcast(x, jnp.dtype(f"uint{bits}"))
 
 
-def _single_bits(x):
-    """uint8 [r, s] -> [8 r, s] int32, one bit each; there is no type of one bit."""
-    wide = jnp.broadcast_to(x.astype(jnp.int32)[:, None], (x.shape[0], 8, x.shape[1])).reshape(-1, x.shape[1])
-    return (wide >> (jax.lax.broadcasted_iota(jnp.int32, wide.shape, 0) % 8)) & 1
+def _of_planes(x, cut: int):
+    """uint8 [3 H / 8, s], of which the first `cut` rows hold 2 bits of each code and the others the third -> [H, s] uint4. The
+    bits of 8 codes are spread over one word, all at once."""
+    low = pltpu.bitcast(x[:cut], jnp.uint16).astype(jnp.int32)
+    high = x[cut:].astype(jnp.int32)
+    for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
+        low = (low | (low << shift)) & mask
+    for shift, mask in ((12, 0x000F000F), (6, 0x03030303), (3, 0x11111111)):
+        high = (high | (high << shift)) & mask
+    return pltpu.bitcast(low | (high << 2), jnp.uint4)
 
 
 def _by_column(queries, levels, factors, block, plan: _Plan):
