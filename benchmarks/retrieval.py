@@ -3,7 +3,7 @@
     python benchmarks/retrieval.py [--text FILE_OR_NAME] [--budgets 25%,12.5%] [--contexts 9] [--out FILE]
 
 The context is compressed before the question is known. Ways differ from `auto` in one thing: fewer bits for more tokens,
-4 bits for all, or KVzip's score in place of `auto`'s. "lost" were right with the full cache, "won" wrong.
+the same bits for all, or KVzip's score in place of `auto`'s. "lost" were right with the full cache, "won" wrong.
 """
 
 import dataclasses
