@@ -3,8 +3,9 @@
     python benchmarks/presets.py [--text FILE_OR_NAME] [--caches NAMES] [--budgets ...] [--contexts 0] [--out FILE]
 
 Each cell: KL(full || this) and, in brackets, the 95 % interval of how much more that is than `auto`'s, in pairs over the
-excerpts of all seeds. "ahead" in the last line: every other cache's interval lies above 0; intervals are of one comparison
-each, not corrected for their number. Neither the calibration nor the tiers of `auto` were chosen on the text.
+excerpts of all seeds. The last line: the other cache with the least KL, and whether its interval lies above 0; and those whose
+interval does not, which excerpts that differ much make wide. Intervals are of one comparison each, not corrected for their
+number. Neither the calibration nor the tiers of `auto` were chosen on the text.
 """
 
 import pathlib
@@ -68,10 +69,13 @@ def right(row):
 
 
 def verdict(rows, others, budget):
-    """Whether each of the others loses more, outside its interval; else which do not."""
+    """Whether the best of the others loses more, outside its interval; and which others are not apart, however far they are."""
     auto = rows["auto", budget]
     close = [name for name in others if more(rows[name, budget], auto)[1][0] <= 0]
-    return f"ahead of all {len(others)}" if not close else f"not apart from {', '.join(close)}"
+    best = min(others, key=lambda name: rows[name, budget]["kl_mean"])
+    text = f"{'not apart from' if best in close else 'ahead of'} the best, {best}"
+    wide = [name for name in close if name != best]
+    return f"{text}; not apart from {', '.join(wide)}" if wide else text
 
 
 if __name__ == "__main__":
