@@ -34,6 +34,7 @@ from pallas_kernels.decode_attention.xla import NEGATIVE, softcapped
 from pallas_kernels.dispatch import device_of
 
 LANES, SUBLANES = 128, 8
+FLOATS = ("TPU v6 lite", "TPU7x")  # chips that compute on vectors of bfloat16: codes become numbers by way of those
 NO_PAIRS = ("TPU v4",)  # chips that the compiler has no vectors of 2 bits for: it ends its process
 BLOCK = 2048 * 128  # slots times channels of a block at most: double-buffered float32 keys and values are 4 MiB then
 VMEM = 48 * 2**20  # of 128 MiB (64 on tpu7x); the compiler's own limit is lower
@@ -66,9 +67,13 @@ def _is_one_slot(source) -> bool:
     return source.live.shape[2] == 1 and not isinstance(source.keys, Packed) and not isinstance(source.values, Packed)
 
 
+def _chip() -> str | None:
+    """The kind of chip that is compiled for, if that is a TPU."""
+    return getattr(device_of("tpu"), "device_kind", None)
+
+
 def _refused(source) -> str | None:
     channels, slots = source.queries.shape[3], source.live.shape[2]
-    kind = getattr(device_of("tpu"), "device_kind", None)
     if jnp.dtype(source.queries.dtype).name not in ("float32", "bfloat16"):
         return f"queries are {source.queries.dtype}; the kernel takes float32 and bfloat16."
     for name, stored in (("keys", source.keys), ("values", source.values)):
@@ -80,8 +85,8 @@ def _refused(source) -> str | None:
             return f"{name} are {stored.bits}-bit codes in {stored.codes.dtype}; the kernel takes uint8, and uint16 for 16."
         if stored.bits not in (2, 3, 4, 8, 16):
             return f"{name} have codes of {stored.bits} bits; the kernel takes 2, 3, 4, 8 and 16."
-        if stored.bits == 2 and kind in NO_PAIRS:
-            return f"{name} have codes of 2 bits, and the compiler for {kind} has no vectors of those."
+        if stored.bits == 2 and _chip() in NO_PAIRS:
+            return f"{name} have codes of 2 bits, and the compiler for {_chip()} has no vectors of those."
         if any(x is not None and jnp.dtype(x.dtype).name != "uint16" for x in (stored.scale, stored.zero)):
             return f"factors of {name} are float32; the kernel reads bfloat16 bits in uint16."
     if _block(source) is None:
@@ -107,7 +112,7 @@ def _block(source) -> int | None:
 @dataclasses.dataclass(frozen=True)
 class _Form:
     """How keys or values are stored. groups: of channels with factors of their own, 0 = no factors. dtype: of the levels.
-    offset: codes plus this are their levels; None: they are not.
+    offset: codes plus this are their levels; None: they are not. through: what small codes become before they are levels.
 
     swapped: the last two axes, of values whose channels are minor or of factors that slots share, come the other way round.
     """
@@ -121,6 +126,7 @@ class _Form:
     slots_minor: bool
     dtype: Any
     swapped: bool = False
+    through: Any = jnp.int32
 
     @property
     def vectors(self) -> int:
@@ -199,6 +205,7 @@ def _form(stored, queries, slots_minor: bool) -> tuple[_Form, list]:
         slots_minor=stored.slots_minor,
         dtype=jnp.float32 if exact else jnp.bfloat16,
         swapped=swapped,
+        through=jnp.bfloat16 if _chip() in FLOATS else jnp.int32,
     )
     return form, [x for x in (stored.codes, stored.scale, stored.zero) if x is not None]
 
@@ -457,7 +464,7 @@ def _levels(ref, form: _Form, plan: _Plan):
     codes = _of_planes(x, plan.channels // 4) if form.bits == 3 else _fields(x, form.bits)
     if form.offset is not None:
         return codes.astype(form.dtype)
-    return form.level(codes if form.bits == 8 else codes.astype(jnp.int32)).astype(form.dtype)
+    return form.level(codes if form.bits == 8 else codes.astype(form.through)).astype(form.dtype)
 
 
 def _fields(x, bits: int):
