@@ -51,7 +51,13 @@ def small(name: str) -> Policy:
 
 EVICTING = [name for name in POLICIES if name != "full"]
 QUICK = ("full", "recency", "random", "scissorhands", "h2o", "keydiff")  # the rest of a contract test is slow
-quick_or_slow = lambda names: [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def quick_or_slow(names, quick=QUICK, later=lambda name: pytest.mark.slow):
+    """Names as parameters of a test: those that are not quick have the mark that `later` says."""
+    return [name if name in quick else pytest.param(name, marks=later(name)) for name in names]
+
+
 every_policy = pytest.mark.parametrize("name", quick_or_slow(POLICIES))
 every_evicting = pytest.mark.parametrize("name", quick_or_slow(EVICTING))
 OWN = ("scissorhands-reference", "expected-attention", "kvzip")  # what they keep is like no quick one's; the others' is
@@ -59,8 +65,7 @@ OWN = ("scissorhands-reference", "expected-attention", "kvzip")  # what they kee
 
 def of_each_kind(names, quick):
     """As `quick_or_slow`, of a test for which policies that are like another one are exhaustive."""
-    later = lambda name: pytest.mark.slow if name in OWN else pytest.mark.exhaustive
-    return [name if name in quick else pytest.param(name, marks=later(name)) for name in names]
+    return quick_or_slow(names, quick, lambda name: pytest.mark.slow if name in OWN else pytest.mark.exhaustive)
 
 
 # Running

@@ -25,6 +25,7 @@ from cache_harness import (
     of_each_kind,
     owners_of,
     poison,
+    quick_or_slow,
     read,
     run_case,
     small,
@@ -42,9 +43,7 @@ LIMITS = ((4, 3, 7, 1), (5, 2, 4, 3))  # [tier][row], of each block row
 OPTIONS = {"slots": (8, 8), "scheme": ("f32", ("rotated4", "int3")), "rows": ROWS}
 QUICK = ("h2o",)
 NAMES = [name for name in EVICTING if name != "random"]
-every_policy = pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+every_policy = pytest.mark.parametrize("name", quick_or_slow(NAMES, QUICK))
 some_policies = pytest.mark.parametrize("name", of_each_kind(NAMES, QUICK))
 
 

@@ -333,8 +333,8 @@ def test_the_policy_that_has_no_say_would_have_said_the_same(name, monkeypatch):
     params = init_params(CONFIG, jax.random.key(1))
     step = jax.jit(functools.partial(decode, config=CONFIG))
 
-    def run():
-        planned = plan(CONFIG, name, None, lengths=lengths, dtype="float32")
+    def run(budget=None):
+        planned = plan(CONFIG, name, budget, lengths=lengths, dtype="float32")
         _, state = read(
             params, [prompts[0].tolist(), prompts[1, :50].tolist()], new_state(CONFIG, planned, lengths), config=CONFIG
         )
@@ -353,6 +353,8 @@ def test_the_policy_that_has_no_say_would_have_said_the_same(name, monkeypatch):
     for mine, theirs in zip(state.layers, other.layers, strict=True):
         for tier, its in zip(mine.tiers, theirs.tiers, strict=True):
             np.testing.assert_array_equal(np.sort(tier.positions), np.sort(its.positions))
+    _, wrong, _ = run(80)  # a budget at which it does choose
+    assert np.abs(found - wrong).max() > 10 * tolerances.HIDDEN
 
 
 def test_limits_that_do_not_fit_are_refused():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxkv.quantization import SCHEMES, get_scheme
 from jaxkv.quantization.base import LARGEST
 from jaxkv.quantization.packing import PLANES, pack, unpack
-from jaxkv.quantization.rotated import CODEBOOK, UNIT, lloyd_max, rotate, unrotate
+from jaxkv.quantization.rotated import BEND, CODEBOOK, UNIT, rotate, unrotate
 from jaxkv.types import Encoded
 
 every_scheme = pytest.mark.parametrize("name", SCHEMES)
@@ -69,6 +69,22 @@ def integer_oracle(x, bits, size=64):
         codes = np.clip(np.round((group - zero) / scale), 0, 2**bits - 1) if scale else np.zeros(len(group))
         out[start : start + size] = zero + scale * codes
     return out
+
+
+def lloyd_max(bits: int) -> np.ndarray:
+    """Levels [2**bits], ascending, of the least-squares quantizer of the standard normal distribution (Lloyd 1982)."""
+    from math import erf, exp, inf, pi, sqrt
+
+    density = lambda t: exp(-t * t / 2) / sqrt(2 * pi) if abs(t) < inf else 0.0
+    below = lambda t: (1 + erf(t / sqrt(2))) / 2 if abs(t) < inf else float(t > 0)
+    levels = np.linspace(-2.0, 2.0, 2**bits)
+    for _ in range(10_000):  # each level is the mean of its cell; converges linearly
+        edges = [-inf, *((levels[1:] + levels[:-1]) / 2).tolist(), inf]
+        mean = [(density(a) - density(b)) / (below(b) - below(a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        moved, levels = np.abs(np.asarray(mean) - levels).max(), np.asarray(mean)
+        if moved < 1e-13:
+            break
+    return (levels - levels[::-1]) / 2  # symmetric to the last bit
 
 
 def rotated_oracle(x, bits):
@@ -138,8 +154,25 @@ def test_rotated_follows_the_formula(name):
     assert near.mean() > 1 - tolerances.UNDECIDED_SHARE  # a channel within rounding of a cell's edge may go either way
 
 
+def squared_error(levels):
+    """Of rounding standard normal numbers to the nearest of ascending levels, exactly."""
+    edges = [-math.inf, *((levels[1:] + levels[:-1]) / 2).tolist(), math.inf]
+    below = lambda t: (1 + math.erf(t / math.sqrt(2))) / 2
+    density = lambda t: math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+    tail = lambda t: 0.0 if math.isinf(t) else t * density(t)
+    total = 0.0
+    for level, a, b in zip(levels, edges[:-1], edges[1:], strict=True):
+        share, first = below(b) - below(a), density(a) - density(b)
+        total += share + tail(a) - tail(b) - 2 * level * first + level**2 * share
+    return total
+
+
 def test_codebook_is_the_best_for_normals():
-    """Known levels (Max 1960, table I), no other level of a cell would do better; what is read instead loses little."""
+    """Known levels and errors (Max 1960, table I), no other level of a cell would do better; what is read instead loses what is
+    said of it, and no other bend or unit loses less."""
+    np.testing.assert_allclose(
+        [squared_error(lloyd_max(bits)) for bits in (2, 3, 4)], [0.1175, 0.03454, 0.009497], rtol=1e-3
+    )
     np.testing.assert_allclose(lloyd_max(2), [-1.510, -0.4528, 0.4528, 1.510], atol=5e-4)
     np.testing.assert_allclose(lloyd_max(3)[4:], [0.2451, 0.7560, 1.344, 2.152], atol=5e-4)
     samples = np.random.default_rng(0).normal(size=400_000)
@@ -148,8 +181,15 @@ def test_codebook_is_the_best_for_normals():
         cells = np.abs(samples[:, None] - best).argmin(axis=1)
         means = [samples[cells == index].mean() for index in range(2**bits)]
         np.testing.assert_allclose(best, means, atol=0.02)
-        error = lambda chosen: np.square(np.abs(samples[:, None] - chosen).min(axis=1)).mean()
-        assert error(levels) < {4: 1.025, 3: 1.005, 2: 1.015}[bits] * error(best)
+        loss = squared_error(levels) / squared_error(best) - 1
+        assert loss == pytest.approx({4: 0.0197, 3: 0.0022, 2: 0.0116}[bits], abs=1e-4)
+        others = [levels * 0.99, levels * 1.01]
+        if bend := BEND[bits]:
+            t = np.arange(2**bits) - (2**bits - 1) / 2
+            for wrong in (0.9, 1.1):
+                other = t * (t * t + wrong * bend)
+                others += [other * (levels[-1] / other[-1]) * scale for scale in np.linspace(0.95, 1.05, 41)]
+        assert all(squared_error(other) > squared_error(levels) for other in others)
 
 
 @pytest.mark.parametrize("channels", [64, 128, 96, 80, 2, 6])

@@ -197,7 +197,6 @@ def test_parts_of_a_batch_remember_their_own_rows():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    pytest.importorskip("grain")
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(np.random.default_rng(0).choice(list("abcd "), 600)))
     return str(path)

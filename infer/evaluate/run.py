@@ -194,9 +194,11 @@ def evaluate(
     rows = [_row(case, planned, protocol, seeds) for case, planned in zip(cases, first, strict=True)]
     scores: list[dict[str, list[bool]]] = [{} for _ in cases]
 
+    def told():
+        return [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
+
     def so_far():
-        found = [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
-        return [row | {"partial": True} for row in found if row["accuracy"] or row["batch"]]
+        return [row | {"partial": True} for row in told() if row["accuracy"] or row["batch"]]
 
     keep = keep or (lambda rows: None)
     try:
@@ -221,7 +223,7 @@ def evaluate(
         if not (found := so_far()):
             raise
         raise Interrupted(found) from None
-    return [row | accuracies(score) for row, score in zip(rows, scores, strict=True)]
+    return told()
 
 
 def _cases(caches, budgets) -> list[_Case]:

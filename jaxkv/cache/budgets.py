@@ -239,7 +239,7 @@ def _chooses(policy: Policy, limits: np.ndarray) -> bool:
     """Whether a policy has a say when these places [..., tiers] hold all: not where the newest, which it protects, fill the
     tiers above the last."""
     above = np.cumsum(limits, axis=-1, dtype=np.int32)[..., :-1]
-    return bool((above > policy.protected_recent(jnp.asarray(above))).any())
+    return above.size > 0 and bool((above > policy.protected_recent(jnp.asarray(above))).any())
 
 
 def _plan_rows(preset, layout, limits, slots, owners, longest) -> Plan:

@@ -26,23 +26,6 @@ from jaxkv.types import Array, Encoded
 from pallas_kernels.quantize import Codebook
 from pallas_kernels.quantize.arithmetic import hadamard
 
-
-def lloyd_max(bits: int) -> np.ndarray:
-    """Levels [2**bits], ascending, of the least-squares quantizer of the standard normal distribution (Lloyd 1982)."""
-    from math import erf, exp, inf, pi, sqrt
-
-    density = lambda t: exp(-t * t / 2) / sqrt(2 * pi) if abs(t) < inf else 0.0
-    below = lambda t: (1 + erf(t / sqrt(2))) / 2 if abs(t) < inf else float(t > 0)
-    levels = np.linspace(-2.0, 2.0, 2**bits)
-    for _ in range(10_000):  # each level is the mean of its cell; converges linearly
-        edges = [-inf, *((levels[1:] + levels[:-1]) / 2).tolist(), inf]
-        mean = [(density(a) - density(b)) / (below(b) - below(a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-        moved, levels = np.abs(np.asarray(mean) - levels).max(), np.asarray(mean)
-        if moved < 1e-13:
-            break
-    return (levels - levels[::-1]) / 2  # symmetric to the last bit
-
-
 # Codes are read by arithmetic, without a table: as t (t^2 + bend), t = code - (2**bits - 1) / 2, or as t where equal steps are
 # near enough. Bends and units are those of the least error, 2.0 % (4 bits), 0.2 % (3) and 1.2 % (2) above the best levels'.
 BEND = {4: 115.0, 3: 41.0, 2: None}

@@ -391,7 +391,8 @@ def _logits(queries, codes, factors, bias, block, plan: _Plan):
         x = _by_column(queries, levels, factors, block, plan)
     else:
         x = _dot(queries, levels)
-        sums = queries.astype(jnp.float32).sum(axis=1, keepdims=True)
+        if form.offset or form.zero:
+            sums = queries.astype(jnp.float32).sum(axis=1, keepdims=True)
         if form.offset:
             x = x + sums * form.offset
         if form.groups:
