@@ -11,6 +11,7 @@ import pytest
 import tolerances
 
 from pallas_kernels.decode_attention import Packed, Source, decode_attention
+from pallas_kernels.decode_attention import packed as packed_codes
 from pallas_kernels.decode_attention import reference as decode_reference
 from pallas_kernels.decode_attention.owners import to_rows
 from pallas_kernels.extend_attention import TierSource, extend_attention
@@ -102,10 +103,16 @@ PACKED = {  # bits: level, how many groups share a scale, whether there is a zer
 }
 
 
-@pytest.mark.parametrize("slots", [1, 24, 56])
-@pytest.mark.parametrize("channels", [16, 64])
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """How much is decoded at a time; with 3,000 entries the blocks of these tests overlap, along slots and along rows."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(packed_codes, "CACHED", 3000)
+
+
+@pytest.mark.parametrize("channels, slots", [(16, 1), (16, 56), (64, 24), (64, 56)])
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_keys_and_values(name, channels, slots):
+def test_packed_keys_and_values(name, channels, slots, blocks):
     """A tier that is read as codes against the same one unpacked by hand, beside a float tier."""
     bits, level, groups, zero = PACKED[name]
     rng = np.random.default_rng(slots)
@@ -143,7 +150,7 @@ def test_packed_keys_and_values(name, channels, slots):
 @pytest.mark.parametrize(
     "channels, bits, slots, granule", [(16, 4, 64, 32), (64, 2, 96, 32), (32, 2, 32, 4), (8, 2, 32, 32)]
 )
-def test_packed_keys_whose_slots_share_factors(channels, bits, slots, granule):
+def test_packed_keys_whose_slots_share_factors(channels, bits, slots, granule, blocks):
     """A scale and a zero per channel of so many adjacent slots; dead groups hold large factors."""
     rng, per = np.random.default_rng(slots), 8 // bits
     codes = rng.integers(0, 2**bits, (2, 2, channels, slots)).astype(np.uint8)

@@ -1,23 +1,25 @@
-"""Keys and values read as codes, in XLA: nothing is unpacked into memory.
+"""Keys and values read as codes, in XLA: a block of slots at a time.
 
-    x[h, s] = scale[s] * level(code[h, s]) + zero[s]
+    entry[h, s] = scale[s] * level(code[h, s]) + zero[s]
 
-Scale and zero multiply logits and weights, one number per slot, and never the entries. A dot product with codes is a sum
-over channels (keys), or over a few slices of the slots (values), written out, TERMS at a time: XLA then makes one loop of
-it that takes codes from memory and computes on vectors of slots. On two CPU cores this takes about as long as the dot
-product of float32 arrays, where unpacking first takes three to four times as long.
+A loop decodes a block to float32 entries, few enough to stay in a processor's cache, and multiplies these as any matrix: no
+tier is decoded as a whole unless it is one block. On two CPU cores this takes about as long as reading float32 arrays from
+memory. (Sums written out over the codes, which decode nothing into memory, took half as long again, and up to 25 times as
+long where slots are no power of two or lie in short rows.)
 """
 
 import functools
-import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-TERMS = 16  # written-out terms of one sum: more save little memory traffic and cost seconds of compilation
+CACHED = 2**19  # entries of a block on CPU: 2 MiB. Each block costs a few launches, and each row of it one
+LARGE = 2**24  # elsewhere: 64 MiB, since large operations alone fill a device
+ALIGNED = 32  # blocks begin at multiples of this, and so of every granule
 
 
 class Packed(NamedTuple):
@@ -38,142 +40,146 @@ class Packed(NamedTuple):
     granule: int = 1
 
 
-def wide_factors(packed: Packed) -> Packed:
-    """The same with float32 factors."""
-    widen = lambda x: x if x is None or x.dtype != jnp.uint16 else jax.lax.bitcast_convert_type(x, jnp.bfloat16)
-    wide = lambda x: None if x is None else widen(x).astype(jnp.float32)
-    return packed._replace(scale=wide(packed.scale), zero=wide(packed.zero))
-
-
 def logits(queries, keys: Packed):
     """queries [B, P, G, H] float32 times keys -> [B, P, G, S] float32."""
-    keys, channels = wide_factors(keys), queries.shape[-1]
-    if keys.granule > 1:
-        zeros = jnp.einsum("bpgh,bphn->bpgn", queries, keys.zero)
-        return _dot(queries, keys, range(channels)) + jnp.repeat(zeros, keys.granule, axis=-1)
-    if keys.scale is None:
-        return _dot(queries, keys, range(channels))
-    size, total = channels // keys.scale.shape[2], []
-    for group in range(keys.scale.shape[2]):
-        wanted = range(group * size, (group + 1) * size)
-        part = _dot(queries, keys, wanted) * keys.scale[:, :, group, None]
-        if keys.zero is not None:
-            own = queries[..., wanted.start : wanted.stop].sum(axis=-1, keepdims=True)
-            part = part + own * keys.zero[:, :, group, None]
-        total.append(part)
-    return functools.reduce(operator.add, total)
+    return _by_platform(_logits, queries, keys)
 
 
 def weighted(weights, values: Packed, channels: int):
     """weights [B, P, G, S] float32 times values -> [B, P, G, H] float32."""
-    values = wide_factors(values)
-    if values.scale is None:
-        return _mean(weights, values, range(channels), channels)
-    size, out = channels // values.scale.shape[2], []
-    for group in range(values.scale.shape[2]):
-        own = _mean(
-            weights * values.scale[:, :, group, None], values, range(group * size, (group + 1) * size), channels
-        )
-        if values.zero is not None:
-            own = own + (weights * values.zero[:, :, group, None]).sum(axis=-1, keepdims=True)
-        out.append(own)
-    return jnp.concatenate(out, axis=-1)
+    return _by_platform(functools.partial(_weighted, channels=channels), weights, values)
 
 
-def _sum(terms):
-    return functools.reduce(operator.add, terms)
+def _by_platform(run, rows, packed: Packed):
+    """run(rows, packed, most entries of a block), on [B * P, ...]."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    stored = {name: flat(x) for name, x in packed._asdict().items() if isinstance(x, jax.Array)}
+    of = lambda most: lambda rows, stored: run(rows, packed._replace(**stored), most)
+    out = lax.platform_dependent(flat(rows), stored, cpu=of(CACHED), default=of(LARGE))
+    return out.reshape(*rows.shape[:2], *out.shape[1:])
 
 
-def _planes(bits):
-    """(width, first bit) of each plane."""
-    return ((2, 0), (1, 2)) if bits == 3 else ((bits, 0),)
+def _logits(queries, keys: Packed, most: int):
+    (rows, group, channels), slots = queries.shape, keys.codes.shape[-1]
+    cut = _blocks(rows, slots, channels, most)
+    queries = _by_place(queries, _places(keys.bits))
+
+    def step(number, out):
+        row, slot, _ = cut.at(number)
+        own = lax.dynamic_slice_in_dim(queries, row, cut.rows, axis=0)
+        part = _product("rgh,rhs->rgs", own, _entries(keys, row, slot, cut, channels))
+        return lax.dynamic_update_slice(out, part, (row, 0, slot))
+
+    return lax.fori_loop(0, cut.number, step, jnp.zeros((rows, group, slots), jnp.float32))
 
 
-def _field(x, width, place, shift):
-    """Bits `place * width`... of bytes, moved to bit `shift`; whole codes as they are."""
-    if width >= 8:
-        return x
-    x = (x >> jnp.asarray(place * width).astype(x.dtype)) & jnp.asarray((1 << width) - 1, x.dtype)
-    return x << jnp.asarray(shift, x.dtype) if shift else x
+def _weighted(weights, values: Packed, most: int, *, channels: int):
+    rows, group, slots = weights.shape
+    cut = _blocks(rows, slots, channels, most)
+    form = "rgs,rhs->rhg" if values.slots_minor else "rgs,rsh->rhg"  # XLA:CPU is twice as fast for these as for rgh
+
+    def step(number, out):
+        row, slot, seen = cut.at(number)
+        own = lax.dynamic_slice(weights, (row, 0, slot), (cut.rows, group, cut.slots))
+        if cut.across > 1:
+            own = jnp.where((slot + jnp.arange(cut.slots) >= seen)[None, None], own, 0.0)
+        part = _product(form, own, _entries(values, row, slot, cut, channels))
+        if cut.across > 1:
+            part = part + lax.dynamic_slice(out, (row, 0, 0), part.shape)
+        return lax.dynamic_update_slice(out, part, (row, 0, 0))
+
+    out = lax.fori_loop(0, cut.number, step, jnp.zeros((rows, channels, group), jnp.float32))
+    return _in_order(jnp.swapaxes(out, 1, 2), _places(values.bits))
 
 
-def _dot(queries, keys: Packed, wanted: range):
-    """sum over the wanted channels h of queries[h] * level(code[h, s]), times scale[h, s] where slots share it."""
-    size, channels = math.gcd(len(wanted), TERMS), queries.shape[-1]
-    slots = keys.codes.shape[3:] if keys.granule == 1 else (keys.codes.shape[3] // keys.granule, keys.granule)
-
-    def step(number, total):
-        start = wanted.start + number * size
-        rows = _block(keys, start, size, channels)
-        own = jax.lax.dynamic_slice_in_dim(queries, start, size, axis=3)
-        if keys.granule > 1:
-            own = own[..., None] * jax.lax.dynamic_slice_in_dim(keys.scale, start, size, axis=2)[:, :, None]
-        level = lambda h: keys.level(rows(h)).reshape(*queries.shape[:2], 1, *slots)
-        return total + _sum([own[:, :, :, h, ..., None] * level(h) for h in range(size)])
-
-    zeros = jnp.zeros((*queries.shape[:3], *slots), jnp.float32)
-    total = jax.lax.fori_loop(0, len(wanted) // size, step, zeros)
-    return total.reshape(*queries.shape[:3], -1)
+_product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # else a TPU rounds both sides to bfloat16
 
 
-def _block(packed: Packed, start, size: int, channels: int):
-    """h -> codes [B, P, S] of channel start + h; `size` channels from `start`, a multiple of it, are whole bytes."""
-    planes, first = [], 0
-    for width, shift in _planes(packed.bits):
-        per = max(1, 8 // width)
-        rows = jax.lax.dynamic_slice_in_dim(packed.codes, first + start // per, size // per, axis=2)
-        planes.append((rows, per, width, shift))
-        first += channels // per
+class _Blocks(NamedTuple):
+    """How rows and slots are cut: blocks of so many; `across` blocks hold all slots, `number` everything."""
 
-    def codes(h):
-        fields = [_field(rows[:, :, h // per], width, h % per, shift) for rows, per, width, shift in planes]
-        return functools.reduce(operator.or_, fields)
+    rows: int
+    slots: int
+    across: int
+    number: int
+    total: tuple[int, int]
 
-    return codes
-
-
-def _mean(weights, values: Packed, wanted: range, channels: int):
-    """sum over s of weights[s] * level(code[h, s]) for the wanted channels."""
-    cut = lambda x, axis, i: jax.lax.slice_in_dim(x, i * width, (i + 1) * width, axis=axis)
-    slots = weights.shape[-1]
-    if not values.slots_minor:
-        pieces = _pieces(slots, TERMS)
-        width = slots // pieces
-        terms = [
-            cut(weights, 3, i)[..., None] * values.level(cut(values.codes, 2, i))[:, :, None] for i in range(pieces)
-        ]
-        return jnp.einsum("bpgsh,s->bpgh", _sum(terms), jnp.ones((width,), jnp.float32))
-    per = max(1, 8 // _planes(values.bits)[-1][0])  # channels that share a byte of the narrowest plane
-    pieces = _pieces(slots, TERMS)
-    width, ones = slots // pieces, jnp.ones((slots // pieces,), jnp.float32)
-
-    def one(place):
-        codes = _every(values, place, per, wanted, channels)
-        terms = [cut(weights, 3, i)[:, :, :, None] * values.level(cut(codes, 3, i))[:, :, None] for i in range(pieces)]
-        return jnp.einsum("bpghs,s->bpgh", _sum(terms), ones)
-
-    if per == 1:
-        return one(0)
-    out = jax.lax.map(one, jnp.arange(per, dtype=jnp.int32))  # a loop, so that it is compiled once
-    return jnp.moveaxis(out, 0, -1).reshape(*weights.shape[:3], len(wanted))
+    def at(self, number):
+        """First row and slot of a block, and the first slot that no block before it has: the last ones are moved back to
+        be whole."""
+        seen = number % self.across * self.slots
+        row = jnp.minimum(number // self.across * self.rows, self.total[0] - self.rows)
+        return row, jnp.minimum(seen, self.total[1] - self.slots), seen
 
 
-def _every(packed: Packed, place, per: int, wanted: range, channels: int):
-    """Codes [B, P, n, S] of channels place, place + per, ... among the wanted."""
-    codes, first = None, 0
-    for width, shift in _planes(packed.bits):
-        here = max(1, 8 // width)
-        rows = packed.codes[:, :, first + wanted.start // here : first + wanted.stop // here]
-        if per > here:
-            rows = rows.reshape(*rows.shape[:2], -1, per // here, rows.shape[3])
-            rows = jax.lax.dynamic_index_in_dim(rows, place // here, axis=3, keepdims=False)
-        rows = _field(rows, width, place % here, shift)
-        codes = rows if codes is None else codes | rows
-        first += channels // here
-    return codes
+def _blocks(rows: int, slots: int, channels: int, most: int) -> _Blocks:
+    across = -(-slots * channels // most)
+    width = min(slots, -(-slots // (across * ALIGNED)) * ALIGNED)
+    across = -(-slots // width)
+    height = min(rows, max(1, most // (width * channels))) if across == 1 else 1
+    return _Blocks(height, width, across, -(-rows // height) * across, (rows, slots))
 
 
-def _pieces(slots: int, most: int) -> int:
-    """Into how many slices the slots are cut: as many as allowed, of a multiple of 16 slots if that is possible."""
-    unit = next(unit for unit in (16, 8, 1) if slots % unit == 0)
-    return max(n for n in range(1, most + 1) if slots // unit % n == 0)
+def _entries(packed: Packed, row, slot, cut: _Blocks, channels: int):
+    """Decoded, [rows, H by place, slots] float32, or [rows, slots, H] as they are stored."""
+    if not packed.slots_minor:
+        codes = lax.dynamic_slice(packed.codes, (row, slot, 0), (cut.rows, cut.slots, channels))
+        return lax.optimization_barrier(packed.level(codes))
+    size, places = packed.granule, _places(packed.bits)
+    read = lambda first, number: lax.dynamic_slice(packed.codes, (row, first, slot), (cut.rows, number, cut.slots))
+    codes = _codes(read, packed.codes.shape[1], packed.bits)
+    x = packed.level(codes).reshape(cut.rows, places, channels // places, -1, size)
+
+    def factor(stored):
+        shape = (cut.rows, stored.shape[1], cut.slots // size)
+        own = _wide(lax.dynamic_slice(stored, (row, 0, slot // size), shape))
+        if size > 1:
+            return _by_place(own, places, 1).reshape(*x.shape[:-1], 1)
+        return jnp.repeat(own, x.shape[2] // own.shape[1], axis=1)[:, None, ..., None]
+
+    if packed.scale is not None:
+        x = x * factor(packed.scale)
+    if packed.zero is not None:
+        x = x + factor(packed.zero)
+    # Else the decoding becomes part of the product, which XLA:CPU then makes without its library
+    return lax.optimization_barrier(x.reshape(cut.rows, channels, cut.slots))
+
+
+def _wide(factor):
+    """float32, also of bfloat16 bits in uint16."""
+    if factor.dtype == jnp.uint16:
+        factor = lax.bitcast_convert_type(factor, jnp.bfloat16)
+    return factor.astype(jnp.float32)
+
+
+def _places(bits: int) -> int:
+    """How many adjacent channels share a byte, of the wider plane: channel h is in place h % places of byte h // places."""
+    return {4: 2, 3: 4, 2: 4}.get(bits, 1)
+
+
+def _by_place(x, places: int, axis: int = -1):
+    """Channels of the first place, then those of the second, ..."""
+    cut = jnp.moveaxis(x, axis, -1).reshape(*jnp.moveaxis(x, axis, -1).shape[:-1], -1, places)
+    return jnp.moveaxis(jnp.swapaxes(cut, -1, -2).reshape(*cut.shape[:-2], -1), -1, axis)
+
+
+def _in_order(x, places: int):
+    """The inverse of `_by_place`, for the last axis."""
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], places, -1), -1, -2).reshape(x.shape)
+
+
+def _codes(read, bytes_: int, bits: int):
+    """Codes [rows, places, H / places, slots]. read(first, number): so many of `bytes_` bytes of each slot of the block."""
+    if bits >= 8:
+        return read(0, bytes_)[:, None]
+    places = np.arange(_places(bits))[None, :, None, None]
+    if bits != 3:
+        return _field(read(0, bytes_)[:, None], bits * places, bits)
+    wide = bytes_ * 2 // 3
+    bit = places + 4 * (np.arange(wide) % 2)[:, None]
+    low, high = read(0, wide), jnp.repeat(read(wide, bytes_ - wide), 2, axis=1)
+    return _field(low[:, None], 2 * places, 2) | _field(high[:, None], bit, 1) << jnp.uint8(2)
+
+
+def _field(x, first, width: int):
+    return (x >> jnp.asarray(first, x.dtype)) & jnp.asarray((1 << width) - 1, x.dtype)
