@@ -1,9 +1,10 @@
 """Decode speed over quantized tiers against the float32 cache, smollm2, batch 1, at so many live tokens.
 
-    python benchmarks/tiers.py [--tokens 8000] [--rounds 3] [--out FILE]
+    python benchmarks/tiers.py [--tokens 8000] [--rounds 3] [--schemes int8,rotated4,auto@25%,recency@25%] [--out FILE]
 
-States are made full without reading a text (what a slot holds does not change the time); rounds alternate between the
-caches, and the median counts. Every step is greedy decoding: the layers, the head, the argmax, the insertion.
+A scheme holds all tokens in one tier; CACHE@BUDGET is what generation would plan for so many. States are made full without
+reading a text (what a slot holds does not change the time); rounds alternate between the caches, and the median counts. Every
+step is greedy decoding: the layers, the head, the argmax, the insertion.
 """
 
 import argparse
@@ -38,8 +39,9 @@ def main():
     given = parser.parse_args()
     lm, programs = infer.load("smollm2"), {}
     for name in given.schemes.split(","):
-        preset = make_preset(Full()) if name == "float32" else _preset(name)
-        planned = plan(lm.config, preset, None, lengths=[given.tokens + 64], dtype="float32")
+        cache, _, budget = name.partition("@")
+        preset = make_preset(Full()) if name == "float32" else make_preset(cache) if budget else _preset(name)
+        planned = plan(lm.config, preset, budget or None, lengths=[given.tokens + 64], dtype="float32")
         state = filled(lm.config, planned, given.tokens)
         started = time.perf_counter()
         loop = jax.jit(functools.partial(steps, config=lm.config), donate_argnames="state")
@@ -57,7 +59,7 @@ def main():
     record(
         given.out,
         title=f"Decoding from quantized tiers on SmolLM2-135M, {given.tokens} live tokens, batch 1, float32 computation",
-        command=f"python benchmarks/tiers.py --tokens {given.tokens} --rounds {given.rounds}",
+        command=f"python benchmarks/tiers.py --tokens {given.tokens} --rounds {given.rounds} --schemes {given.schemes}",
         rows=[
             {
                 "stored as": name, "MB": round(planned.bytes_per_row / 1e6, 1),
@@ -75,7 +77,7 @@ def _preset(scheme) -> Preset:
 
 def filled(config, planned, tokens):
     """A state whose tiers hold `tokens` tokens of zeros."""
-    state = empty_state(config, planned.spec, limits=planned.limits, lengths=[tokens + 64])
+    state = empty_state(config, planned.spec, limits=planned.limits, lengths=[tokens + 64], owners=planned.owners)
 
     def fill(tier):
         at = jnp.arange(tier.positions.shape[2], dtype=tier.positions.dtype)
