@@ -116,11 +116,11 @@ def denoise(arm: str, seed: int, steps: int) -> dict[int, float]:
     return {n: float(test(params, draw(TEST, 512, n), 1)) for n in LENGTHS}
 
 
-def without_learning() -> dict[str, dict[int, float]]:
-    """Errors of what needs no training, on the same sequences."""
+def without_learning(sequences: int = 512) -> dict[str, dict[int, float]]:
+    """Errors of what needs no training; of 512, on the same sequences as the arms."""
     found = {"Bayes": {}, "mean of the signals": {}, "mean of all tokens": {}}
     for n in LENGTHS:
-        x, s, _ = draw(TEST, 512, n)
+        x, s, _ = draw(TEST, sequences, n)
         signals = jnp.where(x[..., :1] > 0, x[..., 2:], 0.0).sum(axis=1) / SIGNALS
         guesses = signals * SIGNALS / (SIGNALS + NOISE**2), signals, x[..., 2:].mean(axis=1)
         for name, guess in zip(found, guesses, strict=True):

@@ -60,14 +60,8 @@ def quick_or_slow(names, quick=QUICK, later=lambda name: pytest.mark.slow):
 
 every_policy = pytest.mark.parametrize("name", quick_or_slow(POLICIES))
 every_evicting = pytest.mark.parametrize("name", quick_or_slow(EVICTING))
-OWN = (
-    "scissorhands",
-    "scissorhands-reference",
-    "keydiff",
-    "expected-attention",
-    "kvzip",
-    "replay",
-)  # keep what no other does
+# What they keep is like no other's
+OWN = ("scissorhands", "scissorhands-reference", "keydiff", "expected-attention", "kvzip", "replay")
 
 
 def of_each_kind(names, quick):

@@ -110,7 +110,8 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(packed_codes, "CACHED", 3000)
 
 
-@pytest.mark.parametrize("channels, slots", [(16, 1), (16, 56), (64, 24), (64, 56)])
+@pytest.mark.parametrize("slots", [1, 24, 56])
+@pytest.mark.parametrize("channels", [16, 64])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_keys_and_values(name, channels, slots, blocks):
     """A tier that is read as codes against the same one unpacked by hand, beside a float tier."""

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -53,7 +52,8 @@ def weighted(weights, values: Packed, channels: int):
 def _by_platform(run, rows, packed: Packed):
     """run(rows, packed, most entries of a block), on [B * P, ...]."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    stored = {name: flat(x) for name, x in packed._asdict().items() if isinstance(x, jax.Array)}
+    arrays = {"codes": packed.codes, "scale": packed.scale, "zero": packed.zero}
+    stored = {name: flat(x) for name, x in arrays.items() if x is not None}
     of = lambda most: lambda rows, stored: run(rows, packed._replace(**stored), most)
     out = lax.platform_dependent(flat(rows), stored, cpu=of(CACHED), default=of(LARGE))
     return out.reshape(*rows.shape[:2], *out.shape[1:])
@@ -131,11 +131,11 @@ def _entries(packed: Packed, row, slot, cut: _Blocks, channels: int):
     x = packed.level(codes).reshape(cut.rows, places, channels // places, -1, size)
 
     def factor(stored):
-        shape = (cut.rows, stored.shape[1], cut.slots // size)
-        own = _wide(lax.dynamic_slice(stored, (row, 0, slot // size), shape))
-        if size > 1:
-            return _by_place(own, places, 1).reshape(*x.shape[:-1], 1)
-        return jnp.repeat(own, x.shape[2] // own.shape[1], axis=1)[:, None, ..., None]
+        groups = stored.shape[1]
+        own = _wide(lax.dynamic_slice(stored, (row, 0, slot // size), (cut.rows, groups, cut.slots // size)))
+        if size > 1:  # one of each channel
+            return jnp.swapaxes(own.reshape(cut.rows, -1, places, cut.slots // size), 1, 2)[..., None]
+        return jnp.repeat(own, x.shape[2] // groups, axis=1)[:, None, ..., None]
 
     if packed.scale is not None:
         x = x * factor(packed.scale)
@@ -157,14 +157,13 @@ def _places(bits: int) -> int:
     return {4: 2, 3: 4, 2: 4}.get(bits, 1)
 
 
-def _by_place(x, places: int, axis: int = -1):
-    """Channels of the first place, then those of the second, ..."""
-    cut = jnp.moveaxis(x, axis, -1).reshape(*jnp.moveaxis(x, axis, -1).shape[:-1], -1, places)
-    return jnp.moveaxis(jnp.swapaxes(cut, -1, -2).reshape(*cut.shape[:-2], -1), -1, axis)
+def _by_place(x, places: int):
+    """Channels, the last axis: those of the first place, then those of the second, ..."""
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, places), -1, -2).reshape(x.shape)
 
 
 def _in_order(x, places: int):
-    """The inverse of `_by_place`, for the last axis."""
+    """The inverse of `_by_place`."""
     return jnp.swapaxes(x.reshape(*x.shape[:-1], places, -1), -1, -2).reshape(x.shape)
 
 
