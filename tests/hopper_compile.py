@@ -72,10 +72,15 @@ def _report(dump: pathlib.Path) -> tuple[list[int], list[int]]:
 
 def copies(text: str, large: int) -> list[str]:
     """Operations of a compiled program that make an array of `large` bytes or more: no parameters, views or kernels, and no
-    writes into an array, which are in place if it is aliased."""
+    writes into an array, which are in place if it is aliased. Of a fusion that is its result; what it computes on the way is
+    in no memory."""
     width = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "u16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4}
-    found = []
+    fused, inside, found = set(re.findall(r" fusion\(.*calls=(%[\w.-]+)", text)), False, []
     for line in text.splitlines():
+        if begins := re.match(r"(?:ENTRY )?(%[\w.-]+) \(.*\{$", line):
+            inside = begins[1] in fused
+        if inside:
+            continue
         match = re.match(r"\s*(?:ROOT )?%\S+ = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", line)
         if (
             not match

@@ -15,7 +15,7 @@ from pallas_kernels.decode_attention import Source, decode_attention
 from pallas_kernels.extend_attention import TierSource, extend_attention
 from pallas_kernels.flash_attention import flash_attention
 
-BATCH, HEADS, SLOTS = 2, 4, 4096
+BATCH, HEADS, SLOTS = 2, 4, 1024
 
 
 def program(case: str):

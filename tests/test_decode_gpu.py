@@ -29,11 +29,12 @@ def case(*tiers, group=3, channels=64, batch=1, dtype="float32", owners=False):
 
 NUMERIC = {  # every scheme that the kernel reads; blocks that are full, cut short, dead; several splits
     "4 bits": case("272 int4 some"),
-    "bfloat16 and 3 bits": case("144 bf16 some", "80 int3 some"),
+    "bfloat16 and 3 bits": case("144 bf16 some", "80 int3 some", channels=128),
     "8 bits, bfloat16 queries": case("256 int8 some", dtype="bfloat16", group=1),
     "3 bits, two groups": case("144 int3 some", channels=128, group=8),
     "2 bits, owners": case("128 int2 some", owners=True),
-    "codebooks": case("80 rotated4 some", "128 rotated3 full", "64 rotated2 one"),
+    "codebooks": case("80 rotated4 some", "128 rotated3 full", "64 rotated2 one", channels=128),
+    "codebooks, narrow heads": case("80 rotated4 some", "64 rotated2 one"),
     "dead and one": case("128 int4 dead", "640 bf16 one", channels=128, group=4, batch=2),
     "nine heads": case("144 int8 some", group=9),
     "all dead": case("128 int8 dead"),
@@ -102,6 +103,7 @@ def test_what_it_cannot_do_it_says(tier):
 
 def test_heads_and_biases_that_it_refuses():
     assert "64, 128 or 256 channels, got 96" in gpu.why_not(shapes(case("128 int4 some", channels=96)))
+    assert "of 3 bits are taken" in gpu.why_not(shapes(case("128 int3 some")))  # the compiler fails
     assert "at most 32 query heads" in gpu.why_not(shapes(case("128 int4 some", group=33)))
     biased = dataclasses.replace(case("128 int4 some"), bias=True)
     assert "a bias per slot" in gpu.why_not(shapes(biased))
@@ -164,7 +166,8 @@ MACHINE = [
     "decode:int3,int3,128,float32,8,30",
     "decode:int2,rotated2,128,float32,4",
     "decode:rotated4,rotated4,128,float32,32,30",
-    "decode:rotated4,rotated3,64,bfloat16,1",
+    "decode:rotated4,rotated3,128,bfloat16,1",
+    "decode:rotated4,rotated2,64,bfloat16,1",
     "decode:int8,rotated4,256,float32,8",
 ]
 

@@ -117,6 +117,8 @@ def _unreadable(x, channels: int) -> str | None:
         return f"whose factors belong to one channel of {x.granule} slots are not read by this kernel"
     if x.bits not in (16, 8, 4, 3, 2):
         return f"of {x.bits} bits are not read by this kernel"
+    if x.bits == 3 and channels % 128:
+        return f"of 3 bits are taken by the copy engine for heads of 128 or 256 channels, got {channels}"
     form = form_of(x, minor=True)
     size = channels // form.groups
     if size % 64 or channels % form.groups:
