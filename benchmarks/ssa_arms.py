@@ -1,8 +1,9 @@
 """Selective temperatures (SSA, arXiv 2411.12892) against plain attention at equal steps: a small language model on WikiText-2,
-and a layer that has to find the signal among ever more noise.
+a layer that has to find the signal among ever more noise, and one that has to point at the neighbours of a node.
 
     python benchmarks/ssa_arms.py [--task language] [--text FILE_OR_NAME] [--seeds 3] [--steps 800] [--out FILE]
     python benchmarks/ssa_arms.py --task denoising [--seeds 3] [--steps 600] [--out FILE]
+    python benchmarks/ssa_arms.py --task graph [--seeds 3] [--steps 2000] [--out FILE]
 
 All arms have the same sizes, rotary positions and optimizer, which was not tuned for any of them. The language model is trained
 on WikiText-2's validation part (1.1 MB) and judged on its test part. The paper's gains are small, so small models may show
@@ -11,6 +12,12 @@ none; the interval over seeds is beside every figure.
 Denoising: of n tokens 4 are a vector plus noise and the others noise, as a mark in each says; the last one is asked for the
 vector. Layers of one attention learn this from sequences of 64 tokens, at every token, and are asked at up to 1,024: softmax
 dilutes with n, which position temperatures are meant to make up for.
+
+Graph: of 64 nodes, 8 each lead to 1, 2, ... 8 others, all equally likely. The tokens are all nodes in random order and then the
+one where a walk stands; attention of one head, with fewer channels than nodes, says where it goes. "L1" is the distance between
+rows of the learned and the true transition matrix, at most 2; "rank correlation" is Spearman's, of a node's inverse temperature
+and the number of its neighbours: who has few should have a sharp row. All who are asked stand at one position, so that a
+temperature by position is one factor more.
 """
 
 import argparse
@@ -19,6 +26,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from arms import compare, shown
 from common import record
@@ -36,6 +44,7 @@ ARMS = {
     "position and token": dict(attention="ssa", ssa=SsaConfig(values="none")),
     "values too": dict(attention="ssa"),
 }
+NODES, DEGREES, EMBEDDED, HEAD = 64, 8, 32, 16
 SIGNALS, NOISE, CHANNELS, TRAINED = 4, 0.5, 14, 64
 LENGTHS = (64, 256, 1024)
 TEST = jax.random.key(10**6)  # no seed of training
@@ -145,10 +154,89 @@ def denoising(given, names, write) -> None:
         write(fixed + learned)
 
 
+def draw_graph(key):
+    """Transition matrix [NODES, NODES] and how many neighbours each node has [NODES], none of them itself."""
+    degrees = jnp.arange(NODES) % DEGREES + 1
+    lot = jnp.where(jnp.eye(NODES, dtype=bool), -1.0, jax.random.uniform(key, (NODES, NODES)))
+    ranks = jnp.argsort(jnp.argsort(-lot, axis=1), axis=1)
+    return jnp.where(ranks < degrees[:, None], 1.0 / degrees[:, None].astype(jnp.float32), 0.0), degrees
+
+
+def pointed(module, x, place):
+    """What the last token's query gives to each token before it, [B, T - 1], in logs; and its inverse temperature [B]."""
+    projected, length = module.project(x, place), x.shape[1]
+    logits = jnp.einsum("bnh,bsnh->bs", projected.queries[0][:, -1], projected.keys[:, :-1])
+    owner = getattr(module, "queries_temperature", None)
+    tau = jnp.ones(x.shape[:2]) if owner is None else owner(x, module.split(x)[0], place.positions)[..., 0]
+    return jax.nn.log_softmax(logits * module.config.query_scale), tau[:, length - 1]
+
+
+def walk(arm: str, seed: int, steps: int) -> tuple[float, float | None]:
+    """L1 of the transition matrix that a layer learned in so many steps; rank correlation of temperatures and degrees."""
+    model = Model(
+        hidden_size=EMBEDDED, intermediate_size=EMBEDDED, num_layers=1, num_heads=1, head_dim=HEAD,
+        max_positions=NODES + 1, rope="none", **ARMS[arm],
+    )  # fmt: skip
+    config = decoder_config(model, 2)
+    graph, embed, start, first = jax.random.split(jax.random.key(seed), 4)
+    (matrix, degrees), module = draw_graph(graph), ATTENTION[config.attention](config)
+    table = jax.random.normal(embed, (NODES, EMBEDDED))
+
+    def at(table, nodes, order):
+        x = table[jnp.concatenate([order, nodes[:, None]], axis=1)]
+        return x, place_of(x)
+
+    def orders(key, rows):
+        return jax.vmap(lambda k: jax.random.permutation(k, NODES))(jax.random.split(key, rows))
+
+    def loss(trained, nodes, following, order):
+        log_p, _ = module.apply(trained["layer"], *at(trained["table"], nodes, order), method=pointed)
+        return -jnp.where(order == following[:, None], log_p, 0.0).sum() / len(nodes)
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+    @jax.jit
+    def step(trained, state, key):
+        where, whither, order = jax.random.split(key, 3)
+        nodes = jax.random.randint(where, (128,), 0, NODES)
+        following = jax.random.categorical(whither, jnp.log(matrix[nodes]))
+        gradients = jax.grad(loss)(trained, nodes, following, orders(order, 128))
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(trained, updates), state
+
+    everyone, plain = jnp.arange(NODES), jnp.tile(jnp.arange(NODES), (NODES, 1))
+    trained = {"table": table, "layer": module.init(start, *at(table, everyone, plain), method=pointed)}
+    state = optimizer.init(trained)
+    for number in range(steps):
+        trained, state = step(trained, state, jax.random.fold_in(first, number))
+    log_p, tau = module.apply(trained["layer"], *at(trained["table"], everyone, plain), method=pointed)
+    distance = float(jnp.abs(jnp.exp(log_p) - matrix).sum(axis=1).mean())
+    return distance, rank_correlation(np.asarray(tau), np.asarray(degrees)) if float(jnp.ptp(tau)) > 1e-6 else None
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: Pearson's of the ranks, equals sharing theirs."""
+    ranks = [np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, side="right") for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def walking(given, names, write) -> None:
+    """All arms under each seed, which is another graph, and the table after it."""
+    found = {name: [] for name in names}
+    for seed in range(given.seeds):
+        for name in names:
+            found[name].append(walk(name, seed, given.steps))
+        write([
+            {"arm": name, "seeds": len(x), "L1": shown([one for one, _ in x], ".4f"),
+             "rank correlation": shown([two for _, two in x], ".2f") if x[0][1] is not None else "one temperature"}
+            for name, x in found.items()
+        ])  # fmt: skip
+
+
 def main():
     """Trains the arms and writes the table after each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("language", "denoising"), default="language")
+    parser.add_argument("--task", choices=("language", "denoising", "graph"), default="language")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--text", default="wikitext2-valid", help="a name of infer.texts, or a UTF-8 file")
     parser.add_argument("--validation", default="wikitext2-test", help="another one")
@@ -164,6 +252,7 @@ def main():
         "language": f"Selective temperatures on {pathlib.Path(given.validation).name}: {given.steps} steps of"
         f" {given.batch} rows of {given.sequence} tokens",
         "denoising": f"Selective temperatures, {SIGNALS} signals among noise: {given.steps} steps at {TRAINED} tokens",
+        "graph": f"Selective temperatures, neighbours of {NODES} nodes of a graph: {given.steps} steps of 128 walks",
     }[given.task]
     write = lambda rows: record(
         given.out,
@@ -171,10 +260,10 @@ def main():
         command=command(parser, given, "ssa_arms.py"),
         rows=rows,
     )
-    if given.task == "denoising":
-        denoising(given, names, write)
-    else:
+    if given.task == "language":
         compare({name: recipe(name, given) for name in names}, seeds=given.seeds, block=given.block, write=write)
+    else:
+        {"denoising": denoising, "graph": walking}[given.task](given, names, write)
 
 
 if __name__ == "__main__":

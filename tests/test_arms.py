@@ -112,3 +112,33 @@ def test_signals_among_noise(arms):
 
     expected = module.apply(params, x, ssa_arms.place_of(x), method=own)[:, -4:]
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerances.HIDDEN)
+
+
+@pytest.mark.slow
+def test_neighbours_in_a_graph(arms):
+    """Degrees and rows of the matrix; what a layer points at is its attention to the nodes; ranks as by hand."""
+    import ssa_arms
+
+    matrix, degrees = map(np.asarray, ssa_arms.draw_graph(jax.random.key(0)))
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=0, atol=1e-6)
+    assert ((matrix > 0).sum(axis=1) == degrees).all() and not matrix.diagonal().any()
+    assert np.bincount(degrees).tolist() == [0, *[8] * 8]
+    assert (matrix != np.asarray(ssa_arms.draw_graph(jax.random.key(1))[0])).any()
+    assert ssa_arms.rank_correlation(np.array([3.0, 1.0, 2.0]), np.array([5, 1, 4])) == pytest.approx(1)
+    assert ssa_arms.rank_correlation(np.array([1.0, 2.0, 2.0, 3.0]), np.array([4, 3, 2, 1])) == pytest.approx(
+        -0.9486833
+    )
+    model = Model(hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, head_dim=4, max_positions=64, rope="none",
+                  attention="ssa")  # fmt: skip
+    module, rng = ATTENTION["ssa"](decoder_config(model, 2)), np.random.default_rng(0)
+    x = rng.standard_normal((3, 10, 8)).astype(np.float32)
+    params = module.init(jax.random.key(0), x, ssa_arms.place_of(x), method=ssa_arms.pointed)
+    params = jax.tree.map(lambda y: y + 0.3 * rng.standard_normal(y.shape).astype(np.float32), params)
+    log_p, tau = module.apply(params, x, ssa_arms.place_of(x), method=ssa_arms.pointed)
+    p = module.apply(params, x, ssa_arms.place_of(x), method=lambda module, x, place: module.project(x, place))
+    logits = np.einsum("bh,bsh->bs", p.queries[0][:, -1, 0], p.keys[:, :-1, 0]) / math.sqrt(4)
+    np.testing.assert_allclose(log_p, jax.nn.log_softmax(logits), rtol=0, atol=tolerances.HIDDEN)
+    bare = module.apply(params, x, method=lambda module, x: module.split(x)[0])[:, -1, 0]
+    np.testing.assert_allclose(np.asarray(p.queries[0])[:, -1, 0], bare * tau[:, None], rtol=0, atol=tolerances.HIDDEN)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
+        assert ssa_arms.walk("token", 0, 3)[1] is not None
