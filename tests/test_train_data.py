@@ -1,12 +1,17 @@
 """Text to batches: boundaries by hand, the same order in every process, and refusals by name."""
 
+import collections
 import json
+import pathlib
+import pydoc_data.topics
+import re
 import sys
 import types
 
 import numpy as np
 import pytest
 
+from infer.evaluate.tasks import INTRO
 from train.config import Data, TrainError
 from train.data import (
     Corpus,
@@ -17,8 +22,8 @@ from train.data import (
     make_batches,
     make_corpus,
     make_tokenizer,
-    read_documents,
 )
+from train.sources import ALL, read_documents
 
 grain = pytest.importorskip("grain")
 
@@ -138,6 +143,49 @@ def test_jsonl(tmp_path):
     path.write_text('{"text": "one"}\nnot json\n')
     with pytest.raises(TrainError, match="a.jsonl line 2 is not JSON"):
         read_documents(str(path), field="text")
+
+
+def test_generated_retrieval():
+    """Every answer stands in the text before it is asked for; the texts of one seed are the same, of two are not."""
+    made = read_documents("retrieval:60", field="text")
+    assert made == read_documents("retrieval:60:0", field="text")
+    assert not set(made) & set(read_documents("retrieval:60:1", field="text"))
+    facts, asked = collections.Counter(), 0
+    for text in made:
+        assert text.startswith(INTRO) and len(text) <= ALL + 200
+        told, *questions = re.split(r"\n\n(?=The special magic number for \w+ is \d+\.\n|What is the pass key)", text)
+        known = dict(re.findall(r"The special magic number for (\w+) is (\d{4})\. Remember it", told))
+        known["pass key"] = re.search(r"The pass key is (\d{5})\. Remember it\.", told)[1]
+        for question in questions:
+            what, value = re.findall(r"The (?:special magic number for (\w+)|pass key) is (\d+)", question)[-1]
+            assert known[what or "pass key"] == value
+        assert 1 <= len(questions) <= len(known)
+        facts[len(known)] += 1
+        asked += len(questions)
+    assert facts[8] >= 20 and set(facts) > {1, 2, 3} and asked > 60
+
+
+def test_copies():
+    made = read_documents("copies:50", field="text")
+    assert (
+        made == read_documents("copies:50:0", field="text") and made[0] != read_documents("copies:1:1", field="text")[0]
+    )
+    lines = [text.split("\n") for text in made]
+    assert all(len(set(one)) == 1 for one in lines) and {len(one) for one in lines} == {2, 3, 4}
+    assert len({one[0] for one in lines}) == 50
+
+
+@pytest.mark.parametrize("spec", ["", ":0", ":x", ":1:2:3"])
+@pytest.mark.parametrize("kind", ["retrieval", "copies"])
+def test_generated_texts_are_counted(kind, spec):
+    with pytest.raises(TrainError, match=f"is not {kind}:COUNT or {kind}:COUNT:SEED, such as {kind}:8000"):
+        read_documents(kind + spec, field="text")
+
+
+def test_the_standard_library():
+    texts = read_documents("python-library", field="text")
+    assert len(texts) > 300 and any(pathlib.Path(json.__file__).read_text() == text for text in texts)
+    assert pathlib.Path(pydoc_data.topics.__file__).read_text() not in texts  # half a megabyte of prose, and no module
 
 
 def test_a_hub_dataset(monkeypatch, tmp_path):

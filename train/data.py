@@ -17,7 +17,6 @@ window, and all begin anew with an epoch. Segments are then numbers of documents
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from jaxkv.checkpoints import Tokenizer, load_tokenizer
 from train.config import Data, TrainError
+from train.sources import read_documents
 
 END = "<|end|>"
 FAR = 2**30  # segments stay below
@@ -44,60 +44,6 @@ class Corpus:
         found = hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes())
         found.update(np.ascontiguousarray(self.starts, np.int64).tobytes())
         return found.hexdigest()[:16]
-
-
-def read_documents(source: str, *, field: str) -> list[str]:
-    """The documents of one source: see `train.config.Data`.
-
-    Raises: TrainError for what cannot be read, with line and field.
-    """
-    if source.startswith("hf:"):
-        found = _huggingface(source, field)
-    elif source.endswith((".jsonl", ".ndjson")):
-        found = _jsonl(source, field)
-    else:
-        from infer.texts import load_text
-
-        found = [load_text(source)]
-    return [text for text in found if text]
-
-
-def _jsonl(source, field):
-    found = []
-    try:
-        lines = pathlib.Path(source).read_bytes().splitlines()
-    except OSError as error:
-        raise TrainError(f"{source} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise TrainError(f"{source} line {number} is not JSON in UTF-8: {error}") from error
-        if not isinstance(value, dict) or not isinstance(value.get(field), str):
-            raise TrainError(f"{source} line {number} has no text in field {field!r}; set --data.field")
-        found.append(value[field])
-    return found
-
-
-def _huggingface(source, field):
-    parts = source.split(":")[1:]
-    if not 2 <= len(parts) <= 3 or not all(parts):
-        raise TrainError(f"{source!r} is not hf:ID:SPLIT or hf:ID:CONFIG:SPLIT, such as hf:owner/name:train")
-    try:
-        import datasets
-    except ImportError as error:
-        raise TrainError(
-            f"{source} needs the package datasets, which is not installed: pip install datasets"
-        ) from error
-    try:
-        rows = datasets.load_dataset(parts[0], *parts[1:-1], split=parts[-1])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise TrainError(f"{source} cannot be loaded: {error}") from error
-    if field not in rows.column_names:
-        raise TrainError(f"{source} has no field {field!r}; it has {', '.join(rows.column_names)}; set --data.field")
-    return list(rows[field])
 
 
 def load_texts(data: Data) -> tuple[list[str], list[str]]:

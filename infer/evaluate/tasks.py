@@ -10,6 +10,7 @@ two values start with the same digit: a guess is right at most once in nine time
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -99,13 +100,14 @@ TASKS: dict[str, Task] = {
 }
 
 
-def split_sentences(text: str) -> list[str]:
+@functools.lru_cache(maxsize=4)
+def split_sentences(text: str) -> tuple[str, ...]:
     """Sentences of any text, white space collapsed, none longer than 60 words."""
     sentences = []
     for sentence in _END.sub(lambda m: m[0].rstrip() + "\n", " ".join(text.split())).split("\n"):
         words = sentence.split()
         sentences += [" ".join(words[i : i + LONG]) for i in range(0, len(words), LONG)]
-    return sentences
+    return tuple(sentences)
 
 
 def encode_context(tokenizer: Any, text: str) -> list[int]:
@@ -150,8 +152,8 @@ def make_samples(
     contexts = []
     for index in range(count):
         rng = random.Random(f"jaxkv {seed} {index}")  # a string seeds the same everywhere
-        facts = _draw_facts(rng, after_user)
-        text = _hide(facts, rng, sentences, before_user + INTRO, tokenizer, context_tokens)
+        facts = draw_facts(rng, after_user)
+        text = hide(facts, rng, sentences, before_user + INTRO, tokenizer, context_tokens)
         questions = []
         for name in tasks:
             here = wanted[name] * (index + 1) // count - wanted[name] * index // count
@@ -168,16 +170,20 @@ def _chat_strings(tokenizer: Any) -> tuple[str, str]:
     return pieces.before_user, pieces.after_user
 
 
-def _draw_facts(rng: random.Random, after_user: str) -> Facts:
-    first = rng.sample("123456789", MAGIC_FACTS + 1)
+def draw_facts(rng: random.Random, after_user: str, *, magic: int = MAGIC_FACTS) -> Facts:
+    """A pass key and so many magic numbers."""
+    first = rng.sample("123456789", magic + 1)
     digits = lambda n: "".join(rng.choice("0123456789") for _ in range(n))
     values = [first[0] + digits(4), *(digit + digits(3) for digit in first[1:])]
-    nouns = rng.sample(NOUNS, MAGIC_FACTS)
+    nouns = rng.sample(NOUNS, magic)
     return Facts(pass_key=values[0], magic=tuple(zip(nouns, values[1:], strict=True)), after_user=after_user)
 
 
-def _hide(facts: Facts, rng: random.Random, sentences: list[str], head: str, tokenizer: Any, limit: int) -> str:
-    """The longest run of sentences from a random start that fits, with the facts between them."""
+def hide(facts: Facts, rng: random.Random, sentences: Sequence[str], head: str, tokenizer: Any, limit: int) -> str:
+    """The longest run of sentences from a random start that fits into so many tokens, with the facts between them.
+
+    Raises: ValueError for a limit too low for the facts alone, or too little text.
+    """
     hidden = [_pass_key_fact(facts.pass_key), *(_magic_fact(*fact) for fact in facts.magic)]
     rng.shuffle(hidden)
     depths = sorted(rng.random() for _ in hidden)
