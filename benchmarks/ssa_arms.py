@@ -17,7 +17,7 @@ Graph: of 64 nodes, 8 each lead to 1, 2, ... 8 others, all equally likely. The t
 one where a walk stands; attention of one head, with fewer channels than nodes, says where it goes. "L1" is the distance between
 rows of the learned and the true transition matrix, at most 2; "rank correlation" is Spearman's, of a node's inverse temperature
 and the number of its neighbours: who has few should have a sharp row. All who are asked stand at one position, so that a
-temperature by position is one factor more.
+temperature by position is one factor more. Values play no part, so two of the arms are one.
 """
 
 import argparse
