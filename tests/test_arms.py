@@ -16,8 +16,6 @@ from train.config import Compute, Data, Model, Optimizer, Recipe, decoder_config
 from train.optimizer import unflatten
 from train.prepare import prepare
 
-pytest.importorskip("grain")
-
 
 @pytest.fixture
 def arms(monkeypatch):
@@ -120,8 +118,8 @@ def test_neighbours_in_a_graph(arms):
     import ssa_arms
 
     matrix, degrees = map(np.asarray, ssa_arms.draw_graph(jax.random.key(0)))
-    np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=0, atol=1e-6)
     assert ((matrix > 0).sum(axis=1) == degrees).all() and not matrix.diagonal().any()
+    np.testing.assert_array_equal(matrix, (matrix > 0) / degrees[:, None].astype(np.float32))
     assert np.bincount(degrees).tolist() == [0, *[8] * 8]
     assert (matrix != np.asarray(ssa_arms.draw_graph(jax.random.key(1))[0])).any()
     assert ssa_arms.rank_correlation(np.array([3.0, 1.0, 2.0]), np.array([5, 1, 4])) == pytest.approx(1)
@@ -135,10 +133,22 @@ def test_neighbours_in_a_graph(arms):
     params = module.init(jax.random.key(0), x, ssa_arms.place_of(x), method=ssa_arms.pointed)
     params = jax.tree.map(lambda y: y + 0.3 * rng.standard_normal(y.shape).astype(np.float32), params)
     log_p, tau = module.apply(params, x, ssa_arms.place_of(x), method=ssa_arms.pointed)
-    p = module.apply(params, x, ssa_arms.place_of(x), method=lambda module, x, place: module.project(x, place))
-    logits = np.einsum("bh,bsh->bs", p.queries[0][:, -1, 0], p.keys[:, :-1, 0]) / math.sqrt(4)
-    np.testing.assert_allclose(log_p, jax.nn.log_softmax(logits), rtol=0, atol=tolerances.HIDDEN)
-    bare = module.apply(params, x, method=lambda module, x: module.split(x)[0])[:, -1, 0]
-    np.testing.assert_allclose(np.asarray(p.queries[0])[:, -1, 0], bare * tau[:, None], rtol=0, atol=tolerances.HIDDEN)
+    bare = module.apply(params, x, method=lambda module, x: module.split(x))
+    queries, keys = (np.asarray(heads, np.float64)[:, :, 0] for heads in bare[:2])
+    alpha, kernel = (
+        np.asarray(params["params"]["queries_temperature"][name], np.float64) for name in ("alpha", "kernel")
+    )
+    features = np.asarray(jax.nn.gelu(bare[0][:, -1, 0], approximate=False), np.float64)
+    by_hand = 1 + np.tanh(features @ kernel[:, 0]) + np.log(10) / (1 + np.exp(-alpha))  # the tenth token
+    np.testing.assert_allclose(tau, by_hand, rtol=0, atol=tolerances.HIDDEN)
+    assert np.ptp(by_hand) > tolerances.VISIBLE  # it depends on the token
+
+    def logs(factor, others):
+        logits = np.einsum("bh,bsh->bs", queries[:, -1] * factor, others) / math.sqrt(4)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+    np.testing.assert_allclose(log_p, logs(by_hand[:, None], keys[:, :-1]), rtol=0, atol=tolerances.HIDDEN)
+    for wrong in (logs(1.0, keys[:, :-1]), logs(by_hand[:, None], keys[:, 1:])):  # no temperature; one token further
+        assert np.abs(np.asarray(log_p) - wrong).max() > tolerances.VISIBLE
     with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
         assert ssa_arms.walk("token", 0, 3)[1] is not None

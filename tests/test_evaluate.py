@@ -122,15 +122,15 @@ def test_formats_of_the_facts_and_questions():
 
 
 def test_sentences_of_any_text():
-    assert split_sentences("Mr. Bennet sat.  “Why?” she\nasked. So!") == (
+    assert split_sentences("Mr. Bennet sat.  “Why?” she\nasked. So!") == [
         "Mr. Bennet sat.",
         "“Why?”",
         "she asked.",
         "So!",
-    )
+    ]
     assert max(len(s.split()) for s in split_sentences("word " * 500)) == 60
     assert samples_of(filler="word " * 3000)
-    assert split_sentences("") == ()
+    assert split_sentences("") == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from train.loop import _report, train
 from train.optimizer import flatten, make_optimizer
 from train.prepare import prepare
 
-pytest.importorskip("grain")
 ALL_BUT_TEMPERATURES = ("*/qkv/*", "*/attention/output/*", "*/mlp/*", "*norm/*", "embedder/*", "head/*")
 
 

@@ -9,7 +9,6 @@ import pytest
 import infer.cli
 from train.cli import add_command, main
 
-pytest.importorskip("grain")
 TINY = """--model.hidden_size 16 --model.intermediate_size 24 --model.num_layers 2 --model.num_heads 2 --batch 4 --sequence 8
 --steps 2 --schedule.warmup 1 --evaluation.tokens 0 --evaluation.batches 1 --logging.every 1 --logging.curves false
 --compilation-cache=""".split()

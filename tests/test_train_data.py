@@ -25,8 +25,6 @@ from train.data import (
 )
 from train.sources import ALL, read_documents
 
-grain = pytest.importorskip("grain")
-
 
 def corpus(*documents):
     lengths = [len(document) for document in documents]
@@ -152,34 +150,23 @@ def test_generated_retrieval():
     assert not set(made) & set(read_documents("retrieval:60:1", field="text"))
     facts, asked = collections.Counter(), 0
     for text in made:
-        assert text.startswith(INTRO) and len(text) <= ALL + 200
+        assert text.startswith(INTRO)
         told, *questions = re.split(r"\n\n(?=The special magic number for \w+ is \d+\.\n|What is the pass key)", text)
         known = dict(re.findall(r"The special magic number for (\w+) is (\d{4})\. Remember it", told))
         known["pass key"] = re.search(r"The pass key is (\d{5})\. Remember it\.", told)[1]
         for question in questions:
             what, value = re.findall(r"The (?:special magic number for (\w+)|pass key) is (\d+)", question)[-1]
             assert known[what or "pass key"] == value
-        assert 1 <= len(questions) <= len(known)
+        assert 1 <= len(questions) <= len(known) and (len(text) <= ALL or len(questions) == 1)
         facts[len(known)] += 1
         asked += len(questions)
     assert facts[8] >= 20 and set(facts) > {1, 2, 3} and asked > 60
 
 
-def test_copies():
-    made = read_documents("copies:50", field="text")
-    assert (
-        made == read_documents("copies:50:0", field="text") and made[0] != read_documents("copies:1:1", field="text")[0]
-    )
-    lines = [text.split("\n") for text in made]
-    assert all(len(set(one)) == 1 for one in lines) and {len(one) for one in lines} == {2, 3, 4}
-    assert len({one[0] for one in lines}) == 50
-
-
-@pytest.mark.parametrize("spec", ["", ":0", ":x", ":1:2:3"])
-@pytest.mark.parametrize("kind", ["retrieval", "copies"])
-def test_generated_texts_are_counted(kind, spec):
-    with pytest.raises(TrainError, match=f"is not {kind}:COUNT or {kind}:COUNT:SEED, such as {kind}:8000"):
-        read_documents(kind + spec, field="text")
+@pytest.mark.parametrize("spec", ["retrieval", "retrieval:0", "retrieval:x", "retrieval:1:2:3"])
+def test_generated_texts_are_counted(spec):
+    with pytest.raises(TrainError, match="is not retrieval:COUNT or retrieval:COUNT:SEED, such as retrieval:8000"):
+        read_documents(spec, field="text")
 
 
 def test_the_standard_library():

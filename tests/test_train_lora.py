@@ -110,7 +110,6 @@ def test_adapters_of_another_model(folder, tensors, message):
 
 def test_a_checkpoint_is_fine_tuned_by_adapters(alphabet, tmp_path):
     """Two steps; base plus adapters is the merged model, and neither is the base."""
-    pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("zyxwvutsrqponmlkjihgfedcba " * 40)
     recipe = Recipe(
         model=Model(base=str(alphabet)), data=Data(train=(str(tmp_path / "text.txt"),)), steps=3, batch=4, sequence=16,

@@ -37,7 +37,6 @@ def finish(*processes):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("memory", ["0", "12"])
 def test_two_processes_are_one_run(tmp_path, memory):
-    pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("".join(np.random.default_rng(0).choice(list("abcd \n"), 600)))
     finish(start(tmp_path, "one", "--memory", memory))
     with socket.socket() as free:

@@ -4,7 +4,6 @@ import json
 import sys
 import types
 
-import pytest
 from cache_harness import MIXED, PLAIN, WINDOW
 
 from train.report import METRICS, Report, draw_curves, peak_flops, read_metrics, step_flops
@@ -79,7 +78,6 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 
 def test_curves(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     lines = [{"step": n, "loss": 1 / n} for n in range(1, 30)] + [{"step": 29, "validation_loss": 0.1}]
     (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert draw_curves(str(tmp_path)) == f"curves in {tmp_path}/curves.png"

@@ -25,7 +25,6 @@ from train.prepare import prepare
 from train.report import read_metrics
 from train.step import TrainState
 
-pytest.importorskip("grain")
 STEPS = 6
 
 

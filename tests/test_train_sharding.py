@@ -100,7 +100,6 @@ print(json.dumps([found, layout]))
 @pytest.mark.parametrize("memory, more", [(0, {}), (12, {"attention": "rcmha", "rope": "none"})])
 def test_eight_devices_give_the_losses_of_one(tmp_path, memory, more):
     """Every kind of mesh of eight that these two kv heads allow; a checkpoint of one mesh goes on on another."""
-    pytest.importorskip("grain")
     (tmp_path / "text.txt").write_text("".join(map(chr, np.random.default_rng(0).integers(97, 123, 3000))))
     meshes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2), (2, 1, 1, 4)]
     place = {

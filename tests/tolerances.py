@@ -37,6 +37,7 @@ CONVOLUTION = 5e-6  # float32 sums of up to 5 terms of size 1 to 3, against floa
 CONVOLUTION_SUM = 2e-6  # relative to the largest: gradients of filters, float32 sums over all rows and positions
 CONVOLUTION_BF16 = 2**-8  # relative: such a sum of size 1 to 8, rounded to bfloat16 once
 DIFFERENCES = 1e-6  # float64 central differences of a function that is of second degree: rounding over the step of 1e-4
+INTEGRAL = 1e-9  # relative, an exact integral and a sum over steps of 1.2e-5, kinks of the function included
 QUANTIZED = 1e-5  # grid points of size 1 to 5, computed in float32 and in float64
 
 # Storage in bfloat16, whose relative rounding error is 2**-9

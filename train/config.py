@@ -123,10 +123,10 @@ class Model:
 class Data:
     """train, validation: each a text file, a .jsonl file (one document per line, its text in `field`), a name of
     `infer.texts`, hf:ID[:CONFIG]:SPLIT (the `datasets` library), or what needs no file (`train.sources`): python-library, the
-    source of the standard library; retrieval:COUNT[:SEED], texts with facts, questions and answers, as `jaxkv evaluate` asks;
-    copies:COUNT[:SEED], lines that repeat. No validation: validation_share of the training text, its end. tokenizer: "bytes",
-    "characters", "bpe:SIZE" (trained on the training text), "base" (the base checkpoint's), or a directory with
-    tokenizer.json. whole: windows end where documents end, at the cost of padding."""
+    source of the standard library; retrieval:COUNT[:SEED], texts with facts, questions and answers, as `jaxkv evaluate` asks.
+    No validation: validation_share of the training text, its end. tokenizer: "bytes", "characters", "bpe:SIZE" (trained on the
+    training text), "base" (the base checkpoint's), or a directory with tokenizer.json. whole: windows end where documents end,
+    at the cost of padding."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...] = ()

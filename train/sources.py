@@ -4,13 +4,15 @@ import json
 import pathlib
 import random
 import sysconfig
+import tokenize
+import types
 
 from train.config import TrainError
 
 ASIDE = frozenset(
     "test tests idlelib lib2to3 turtledemo ensurepip pydoc_data site-packages dist-packages".split()
 )  # folders of the standard library that are not read
-FACT, FILLER = 123, 800  # characters that a fact takes at most, and that a short or a long text has around its facts
+FACT, FILLER = 107, 800  # characters that a fact takes at most, and that a short or a long text has around its facts
 ALL = 1850  # characters of a text and what is asked about it, as long as one question remains
 
 
@@ -23,8 +25,8 @@ def read_documents(source: str, *, field: str) -> list[str]:
         found = _huggingface(source, field)
     elif source == "python-library":
         found = _library()
-    elif (kind := source.split(":")[0]) in GENERATED:
-        found = GENERATED[kind](*_count_and_seed(source))
+    elif source.split(":")[0] == "retrieval":
+        found = _retrieval(source)
     elif source.endswith((".jsonl", ".ndjson")):
         found = _jsonl(source, field)
     else:
@@ -76,18 +78,15 @@ def _library() -> list[str]:
     """The modules of the standard library of the Python that runs, without its tests and tools."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
-    return [(folder / path).read_text("utf-8", "replace") for path in files if not ASIDE & set(path.parts)]
+    found = []
+    for path in files:
+        if not ASIDE & set(path.parts):
+            with tokenize.open(folder / path) as file:  # in the encoding that the module names
+                found.append(file.read())
+    return found
 
 
-def _count_and_seed(source) -> tuple[int, int]:
-    """Of KIND:COUNT or KIND:COUNT:SEED."""
-    kind, *numbers = source.split(":")
-    if len(numbers) not in (1, 2) or not all(n.isdecimal() for n in numbers) or int(numbers[0]) < 1:
-        raise TrainError(f"{source!r} is not {kind}:COUNT or {kind}:COUNT:SEED, such as {kind}:8000")
-    return int(numbers[0]), int((*numbers, "0")[1])
-
-
-def _retrieval(count, seed) -> list[str]:
+def _retrieval(source) -> list[str]:
     """Texts as `infer.evaluate.tasks` has them, over the Python reference, each with questions and their answers.
 
     A third of them are as long as they come. The others have fewer facts and less around them.
@@ -95,13 +94,18 @@ def _retrieval(count, seed) -> list[str]:
     from infer.evaluate.tasks import INTRO, MAGIC_FACTS, TASKS, draw_facts, hide, split_sentences
     from infer.texts import python_reference
 
+    numbers = source.split(":")[1:]
+    if len(numbers) not in (1, 2) or not all(n.isdecimal() for n in numbers) or int(numbers[0]) < 1:
+        raise TrainError(f"{source!r} is not retrieval:COUNT or retrieval:COUNT:SEED, such as retrieval:8000")
+    count, seed = int(numbers[0]), int((*numbers, "0")[1])
+    characters = types.SimpleNamespace(encode=list)  # no tokenizer yet: one may be trained on these texts
     sentences, found = split_sentences(python_reference()), []
     for index in range(count):
         rng = random.Random(f"train {seed} {index}")  # no text of an evaluation
         size = 1.0 if index % 3 == 0 else rng.random() ** 2
         facts = draw_facts(rng, "\n", magic=round(size * MAGIC_FACTS))
         room = len(INTRO) + FACT * (1 + len(facts.magic)) + round(size * rng.random() * FILLER)
-        text = hide(facts, rng, sentences, INTRO, Characters, room)
+        text = hide(facts, rng, sentences, INTRO, characters, room)
         asked = [TASKS["magic"].ask(facts, i) for i in range(len(facts.magic))] + [TASKS["passkey"].ask(facts, 0)]
         rng.shuffle(asked)
         for number, q in enumerate(asked):
@@ -109,25 +113,3 @@ def _retrieval(count, seed) -> list[str]:
             text += more if not number or len(text + more) <= ALL else ""
         found.append(text)
     return found
-
-
-def _copies(count, seed) -> list[str]:
-    """A line of words and numbers in no order, said two to four times: what a model learns to look back from soonest."""
-    from infer.texts import python_reference
-
-    words, found = sorted(set(python_reference().split())), []
-    for index in range(count):
-        rng = random.Random(f"copies {seed} {index}")
-        one = lambda rng=rng: str(rng.randrange(10**4)) if rng.random() < 0.25 else rng.choice(words)
-        line = " " + " ".join(one() for _ in range(rng.randint(4, 24)))
-        found.append("\n".join([line] * rng.randint(2, 4)))
-    return found
-
-
-GENERATED = {"retrieval": _retrieval, "copies": _copies}
-
-
-class Characters:
-    """Stands for a tokenizer where there is none yet: documents are drawn before one is trained on them."""
-
-    encode = list

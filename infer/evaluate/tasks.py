@@ -10,7 +10,6 @@ two values start with the same digit: a guess is right at most once in nine time
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -100,14 +99,13 @@ TASKS: dict[str, Task] = {
 }
 
 
-@functools.lru_cache(maxsize=4)
-def split_sentences(text: str) -> tuple[str, ...]:
+def split_sentences(text: str) -> list[str]:
     """Sentences of any text, white space collapsed, none longer than 60 words."""
     sentences = []
     for sentence in _END.sub(lambda m: m[0].rstrip() + "\n", " ".join(text.split())).split("\n"):
         words = sentence.split()
         sentences += [" ".join(words[i : i + LONG]) for i in range(0, len(words), LONG)]
-    return tuple(sentences)
+    return sentences
 
 
 def encode_context(tokenizer: Any, text: str) -> list[int]:
@@ -179,7 +177,7 @@ def draw_facts(rng: random.Random, after_user: str, *, magic: int = MAGIC_FACTS)
     return Facts(pass_key=values[0], magic=tuple(zip(nouns, values[1:], strict=True)), after_user=after_user)
 
 
-def hide(facts: Facts, rng: random.Random, sentences: Sequence[str], head: str, tokenizer: Any, limit: int) -> str:
+def hide(facts: Facts, rng: random.Random, sentences: list[str], head: str, tokenizer: Any, limit: int) -> str:
     """The longest run of sentences from a random start that fits into so many tokens, with the facts between them.
 
     Raises: ValueError for a limit too low for the facts alone, or too little text.
